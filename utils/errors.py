@@ -1,0 +1,32 @@
+"""A user's mistake ends with one line on stderr and exit code 2, never with a traceback."""
+
+import errno
+import sys
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something that only the user can mend; the message says what and where."""
+
+
+@contextmanager
+def one_line_errors():
+    """Run a script's `main`: a UserError, an unusable path or a full disk becomes one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        # Everything else the operating system may say is a defect of ours, and keeps its traceback.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{error.filename or 'output'}: {error.strerror}; what was written so far is intact"
+        elif error.filename is not None and isinstance(
+            error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+        ):
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
