@@ -24,6 +24,11 @@ def open_image(source) -> Image.Image:
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError) as error:
         name = f" {source}" if isinstance(source, (str, Path)) else ""
         raise ValueError(f"not a readable picture: {str(error).replace(name, '')}") from None
+    return eight_bit(image)
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Turn 16-bit grey into 8-bit grey, and leave everything else as it is."""
     # Pillow clips 16-bit grey at 255 on conversion: all but the darkest tones would become white.
     if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max(initial=0) > 255):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))

@@ -5,7 +5,7 @@ Also the two things every other output needs: a file that appears whole or not a
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.errors import UserError
@@ -111,12 +111,14 @@ class Appender:
         self.file.close()
 
 
-def write_whole(path: str | Path, content: str | bytes):
-    """Write a file so that it appears whole or not at all, also when several processes write it."""
+def write_whole(path: str | Path, content: str | bytes | Iterable[bytes]):
+    """Write a file (all at once, or in blocks) so that it appears whole or not at all, also when several processes write it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        content = content.encode("utf-8", "replace") if isinstance(content, str) else content
+        with open(temporary, "wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

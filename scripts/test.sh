@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint and test everything on a fresh Linux machine with Python: bash scripts/test.sh [pytest's arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+install test_requirements.txt
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # nothing here needs the network
+ruff check .
+ruff format --check .
+python -m pytest "$@"

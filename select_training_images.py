@@ -1,0 +1,390 @@
+"""Choose the images that stand out among those of their prompt, the best for training and the worst for the negative prompt.
+
+    python select_training_images.py --positive_folder positive --negative_folder negative \\
+        --meta_file diffusiondb_hps.jsonl --output_meta annotation.jsonl
+    python select_training_images.py --meta_file diffusiondb_hps.jsonl --dry_run       # only says what it would choose
+
+Reads   META_FILE, as process_diffusiondb.py writes it, and the chosen images from the zips that it was made of
+Writes  POSITIVE_FOLDER/ and NEGATIVE_FOLDER/: the chosen images as JPEG, named by part and image, transparency on white
+        OUTPUT_META, a row a chosen image, when all are there: id (of META_FILE), file_name (relative to OUTPUT_META's own
+        folder, in which both folders lie), prompt, type (positive or negative), confidence (p below), batch_size (n below)
+        OUTPUT_META.errors.jsonl (chosen, but not readable), OUTPUT_META.run.json (options, counts)
+
+Blurry images and repeated pictures are dropped, then prompts with fewer than --min_images. Among the n images of a prompt
+(paper, section 5.1)
+
+    p_i = exp(HPS_i) / sum_j exp(HPS_j)        positive: the image of the largest p, if p > threshold / n
+
+and the negative is chosen in the same way with -HPS. Rows are known by their part and image: their order, their ids and what
+was filtered out of META_FILE do not matter. A killed run keeps the images that it has saved.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import re
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from tqdm import tqdm
+
+from utils import diffusiondb, jsonl, runs
+from utils.errors import UserError, one_line_errors
+from utils.images import open_image, to_rgb
+
+FIELDS = {"id": int, "prompt": str, "score": (int, float), "blurry": bool, "part": int, "image": str}
+SCHEMA = pa.schema(
+    {
+        "id": pa.int64(),
+        "prompt": pa.string(),
+        "score": pa.float64(),
+        "blurry": pa.bool_(),
+        "part": pa.int64(),
+        "image": pa.string(),
+        "pixels": pa.string(),  # absent in files that process_diffusiondb.py did not write
+    }
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--meta_file", default="diffusiondb_hps.jsonl")
+    parser.add_argument("--source_dataset", help="where the images are (default: what META_FILE.run.json says)")
+    parser.add_argument("--cache_dir", help="where the hub's parts are kept (default: the hub's cache)")
+    parser.add_argument("--positive_folder", default="positive")
+    parser.add_argument("--negative_folder", default="negative")
+    parser.add_argument("--output_meta", default="annotation.jsonl")
+    # The rule.
+    parser.add_argument("--min_images", type=int, default=4, help="a prompt needs so many")
+    parser.add_argument("--threshold", type=float, default=2.0, help="an image is chosen if p > threshold / n")
+    # How many; the paper trained on 37,572 positives and 21,108 negatives, about half of the negatives that it had.
+    parser.add_argument("--num_positive", type=int, help="keep so many, drawn at random (default: all)")
+    parser.add_argument("--num_negative", type=int, help="keep so many, drawn at random (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    # Machinery.
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEG")
+    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode and save images")
+    parser.add_argument("--dry_run", action="store_true", help="print counts and a histogram, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace a selection made with other options")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    started = time.time()
+    check_options(args)
+
+    # Read the scores, and find the image that stands out in each prompt, upwards and downwards.
+    meta = read_meta(args.meta_file)
+    groups, counts = group_by_prompt(meta, args)
+    best, worst = stand_out(groups, +1), stand_out(groups, -1)
+    if args.dry_run:
+        describe(best, worst, counts)
+        return
+
+    # Choose by the rule.
+    winners = choose(meta, best, "positive", args.num_positive, args)
+    winners += choose(meta, worst, "negative", args.num_negative, args)
+    if not winners:
+        raise UserError(f"{args.meta_file}: no image has p > {args.threshold:g} / n; --dry_run shows what would do")
+
+    # Save what is not there yet, refusing to mix it with another selection.
+    source = args.source_dataset or recorded_source(args.meta_file)
+    record = begin(args, source)
+    errors = save_images(winners, source, args)
+
+    # List what was saved, last of all.
+    rows = sorted((w for w in winners if name(w) not in errors), key=lambda w: (w["part"], w["image"]))
+    if not rows:
+        raise UserError(
+            f"{source}: none of the {len(winners)} chosen images can be read: {next(iter(errors.values()))}"
+        )
+    write_annotation(rows, errors, args)
+    counts |= {kind: sum(row["type"] == kind for row in rows) for kind in ("positive", "negative")}
+    counts["errors"] = len(errors)
+    runs.finish(f"{args.output_meta}.run.json", record, **counts, seconds=round(time.time() - started, 1))
+    print(
+        f"{counts['positive']} positive and {counts['negative']} negative images of {counts['prompts']} prompts in {args.output_meta}"
+        + (f"; {len(errors)} could not be read, see {args.output_meta}.errors.jsonl" if errors else "")
+    )
+
+
+def check_options(args):
+    if args.threshold < 1:
+        raise UserError(f"--threshold {args.threshold:g}: at least 1, where every image but the average one passes")
+    if args.min_images < 1 or not 1 <= args.quality <= 100 or args.num_workers < 0:
+        raise UserError("--min_images is at least 1, --quality from 1 to 100, --num_workers at least 0")
+    if min(args.num_positive or 0, args.num_negative or 0) < 0:
+        raise UserError("--num_positive and --num_negative are at least 0")
+
+
+# --- the rows ---
+
+
+def read_meta(path: str) -> pa.Table:
+    """Return the rows of a meta file, in the order of (part, image), prompts as a dictionary column."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        table = read_fast(path)
+    except pa.ArrowInvalid:
+        table = None
+    if table is None or any(table[field].null_count for field in FIELDS):
+        table = read_slow(path)
+    if not len(table):
+        raise UserError(f"{path}: no rows in it")
+    table = table.sort_by([("part", "ascending"), ("image", "ascending")])
+    wrong = np.flatnonzero(~np.isfinite(table["score"].to_numpy()))
+    if len(wrong):
+        part, image, score = (table[field][int(wrong[0])] for field in ("part", "image", "score"))
+        raise UserError(f"{path}: image {image} of part {part} has the score {score}")
+    return table
+
+
+def read_fast(path: str) -> pa.Table:
+    """Let Arrow parse the file; block by block, so that a prompt is held once, not once an image."""
+    options = pa.json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="ignore")
+    with pa.json.open_json(path, pa.json.ReadOptions(block_size=16 << 20), options) as reader:
+        return pa.concat_tables(with_dictionaries(pa.table(batch)) for batch in reader).unify_dictionaries()
+
+
+def read_slow(path: str) -> pa.Table:
+    """Parse a file that Arrow refuses, if it can be read at all; else name its first bad line."""
+    rows = [{field: row.get(field) for field in SCHEMA.names} for row in jsonl.read(path, FIELDS)]
+    try:
+        return with_dictionaries(pa.Table.from_pylist(rows, SCHEMA))
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def with_dictionaries(table: pa.Table) -> pa.Table:
+    for field in ("prompt", "pixels"):
+        table = table.set_column(table.schema.get_field_index(field), field, table[field].dictionary_encode())
+    return table
+
+
+def numbers(table: pa.Table, field: str) -> np.ndarray:
+    """Return a column as an array; of a dictionary column the codes, -1 where there is none."""
+    column = table[field].combine_chunks()
+    if pa.types.is_dictionary(column.type):
+        column = column.indices.fill_null(-1)
+    return column.to_numpy(zero_copy_only=False)
+
+
+# --- the rule ---
+
+
+class Groups(NamedTuple):
+    rows: np.ndarray  # of the meta file, those of a prompt side by side
+    scores: np.ndarray  # of these
+    starts: np.ndarray  # where in `rows` each prompt begins
+    sizes: np.ndarray  # n of each prompt
+
+
+def group_by_prompt(meta: pa.Table, args) -> tuple[Groups, dict[str, int]]:
+    """Drop what cannot be chosen and group the rest by prompt; count both."""
+    part, score, blurry, prompt, pixels = (numbers(meta, f) for f in ("part", "score", "blurry", "prompt", "pixels"))
+    image = meta["image"].combine_chunks()
+    counts = {"rows": len(meta)}
+
+    # A row may come twice in files put together from several; two different rows of one image may not.
+    again = (part[1:] == part[:-1]) & pc.equal(image[1:], image[:-1]).to_numpy(zero_copy_only=False)
+    differ = (score[1:] != score[:-1]) | (blurry[1:] != blurry[:-1]) | (prompt[1:] != prompt[:-1])
+    if (again & differ).any():
+        i = int(np.argmax(again & differ))
+        raise UserError(f"{args.meta_file}: image {image[i]} of part {part[i]} has two different rows")
+    again = np.concatenate([[False], again])
+    counts |= {"repeated_rows": int(again.sum()), "blurry": int((blurry & ~again).sum())}
+    rows = np.flatnonzero(~again & ~blurry)
+
+    # Of equal pictures the first one stays. (A black picture is a blurry one.)
+    known = pixels[rows] >= 0
+    first = np.unique(pixels[rows[known]], return_index=True)[1]
+    counts["repeated_pictures"] = int(known.sum()) - len(first)
+    rows = np.sort(np.concatenate([rows[~known], rows[known][first]]))
+
+    # Group by prompt.
+    enough = np.bincount(prompt[rows], minlength=1) >= args.min_images
+    counts["in_prompts_with_too_few"] = len(rows)
+    rows = rows[enough[prompt[rows]]]
+    counts["in_prompts_with_too_few"] -= len(rows)
+    rows = rows[np.argsort(prompt[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(prompt[rows], prepend=-1))
+    sizes = np.diff(starts, append=len(rows))
+    counts |= {"images": len(rows), "prompts": len(starts)}
+    return Groups(rows, score[rows], starts, sizes), counts
+
+
+class Outstanding(NamedTuple):
+    rows: np.ndarray  # of the meta file, one a prompt
+    p: np.ndarray
+    n: np.ndarray
+
+
+def stand_out(groups: Groups, sign: int) -> Outstanding:
+    """Return the image of the largest p = softmax(sign * score) in each prompt, the first of equal ones."""
+    if not len(groups.starts):
+        return Outstanding(groups.rows, groups.scores, groups.sizes)
+    scores = sign * groups.scores
+    top = np.repeat(np.maximum.reduceat(scores, groups.starts), groups.sizes)
+    p = 1 / np.add.reduceat(np.exp(scores - top), groups.starts)
+    place = np.where(scores == top, np.arange(len(scores)), len(scores))
+    return Outstanding(groups.rows[np.minimum.reduceat(place, groups.starts)], p, groups.sizes)
+
+
+def choose(meta: pa.Table, outstanding: Outstanding, kind: str, number: int | None, args) -> list[dict]:
+    """Return what passes the threshold, or `number` of it, drawn at random."""
+    rows, p, n = outstanding
+    chosen = np.flatnonzero(p > args.threshold / n)
+    chosen = chosen[np.argsort(rows[chosen])]
+    if number is not None and number < len(chosen):
+        draw = np.random.default_rng([args.seed, kind == "negative"]).permutation(len(chosen))
+        chosen = chosen[np.sort(draw[:number])]
+    elif number is not None and number > len(chosen):
+        print(f"{kind}: only {len(chosen)} images pass the threshold, not {number}")
+    named = meta.select(["id", "prompt", "part", "image"]).take(rows[chosen]).to_pylist()
+    return [
+        row | {"type": kind, "confidence": round(float(p[i]), 6), "batch_size": int(n[i])}
+        for row, i in zip(named, chosen, strict=True)
+    ]
+
+
+def describe(best: Outstanding, worst: Outstanding, counts: dict[str, int]):
+    """Print how many rows were dropped and why, and what each threshold would choose."""
+    for what, count in counts.items():
+        print(f"{count:12,}  {what.replace('_', ' ')}")
+    edges = np.array([1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10])
+    print("\n threshold    positive    negative    images whose p * n lies between this threshold and the next")
+    passing = np.array([[(side.p * side.n > edge).sum() for side in (best, worst)] for edge in edges])
+    between = -np.diff(passing.sum(1), append=0)
+    for edge, (positive, negative), count in zip(edges, passing, between, strict=True):
+        print(f"{edge:10.2f}{positive:12,}{negative:12,}    {'#' * round(60 * count / max(between.max(), 1))}")
+
+
+# --- the images ---
+
+
+def recorded_source(meta_file: str) -> str:
+    """Return the source that a meta file was made of, by its record, or else the paper's."""
+    try:
+        return json.loads(Path(f"{meta_file}.run.json").read_text())["settings"]["source_dataset"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "large_first_1m"
+
+
+def begin(args, source: str) -> dict:
+    """Record what the selection depends on, or go on with the same; `--overwrite` removes the images of another."""
+    record_path, output = Path(f"{args.output_meta}.run.json"), Path(args.output_meta)
+    folders = [Path(args.positive_folder), Path(args.negative_folder)]
+    rule = ("min_images", "threshold", "num_positive", "num_negative", "seed", "quality")
+    settings = {
+        "meta_sha256": runs.sha256(args.meta_file),
+        "source_dataset": diffusiondb.name_source(source),
+        **{option: getattr(args, option) for option in rule},
+        "folders": [relative(folder, output.parent).as_posix() for folder in folders],
+    }
+    for folder in (*folders, output.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    old = [path for folder in folders for path in folder.iterdir() if re.fullmatch(r"\d{6,}-.+\.jpg", path.name)]
+    old += [output] if output.exists() else []
+    if args.overwrite:
+        for path in old:
+            path.unlink(missing_ok=True)
+    elif old and not record_path.exists():
+        raise UserError(f"{old[0]}: of unknown origin, as {record_path} is missing; use --overwrite or another place")
+    return runs.begin(record_path, settings, args.overwrite)
+
+
+def save_images(winners: list[dict], source: str, args) -> dict[str, str]:
+    """Save the images that are not there yet, in the order of their zips; return why some could not be."""
+    parts = {part.number: part for part in diffusiondb.find_parts(source)}
+    todo, errors = {}, {}
+    for winner in winners:
+        if winner["part"] not in parts:
+            errors[name(winner)] = f"there is no part {winner['part']} in {source}"
+        elif not target(winner, args).exists():
+            todo.setdefault(winner["part"], []).append((winner["image"], winner["prompt"], str(target(winner, args))))
+    jobs = [(parts[number], images) for number, images in sorted(todo.items())]
+    bar = tqdm(total=sum(len(images) for _, images in jobs), desc="saving", unit="image", disable=not jobs)
+    work = partial(save_part, cache_dir=args.cache_dir, quality=args.quality)
+    # Processes, as decoding keeps Python's lock; spawned, as Arrow's threads do not survive a fork.
+    workers = min(args.num_workers, len(jobs))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn) if workers > 1 else nullcontext() as pool:
+        for (part, images), failed in zip(jobs, (pool.map if pool else map)(work, jobs), strict=True):
+            errors |= {name({"part": part.number, "image": image}): why for image, why in failed.items()}
+            bar.update(len(images))
+    bar.close()
+    return errors
+
+
+def save_part(job: tuple, cache_dir: str | None, quality: int) -> dict[str, str]:
+    """Save images (image, prompt, file) of one part as JPEG, each whole or not at all; return why some could not be."""
+    part, images = job
+    errors = {}
+    try:
+        archive = diffusiondb.open_part(diffusiondb.fetch(part, cache_dir))
+        prompts = {row.image: row.prompt for row in diffusiondb.read_rows(archive, part.number)[0]}
+    except UserError:
+        raise
+    except ValueError as why:
+        return {image: str(why) for image, _, _ in images}
+    for image, prompt, file in images:
+        encoded = io.BytesIO()
+        try:
+            if prompts.get(image) != prompt:
+                raise ValueError("of another prompt in this source, or of none")
+            picture = open_image(io.BytesIO(diffusiondb.read_image(archive, image)))
+            to_rgb(picture).save(encoded, "JPEG", quality=quality)
+        except Exception as why:  # one strange picture must not stop the others
+            errors[image] = diffusiondb.reason(why)
+            continue
+        jsonl.write_whole(file, encoded.getvalue())
+    return errors
+
+
+def name(winner: dict) -> str:
+    """Return what names an image for ever."""
+    return f"{winner['part']:06d}-{winner['image']}"
+
+
+def target(winner: dict, args) -> Path:
+    return Path(args.positive_folder if winner["type"] == "positive" else args.negative_folder, name(winner) + ".jpg")
+
+
+def write_annotation(rows: list[dict], errors: dict[str, str], args):
+    base = Path(args.output_meta).parent
+    folders = {"positive": relative(args.positive_folder, base), "negative": relative(args.negative_folder, base)}
+    lines = [
+        {
+            "id": row["id"],
+            "file_name": (folders[row["type"]] / f"{name(row)}.jpg").as_posix(),
+            **{field: row[field] for field in ("prompt", "type", "confidence", "batch_size")},
+        }
+        for row in rows
+    ]
+    skipped = [{"item": item, "stage": "save", "reason": why} for item, why in sorted(errors.items())]
+    jsonl.write_whole(f"{args.output_meta}.errors.jsonl", "".join(map(jsonl.dumps, skipped)))
+    jsonl.write_whole(args.output_meta, "".join(map(jsonl.dumps, lines)))
+
+
+def relative(folder: str | Path, base: Path) -> Path:
+    """Return a folder as seen from `base`; UserError if it lies elsewhere, as no stage follows a file name out of a folder."""
+    try:
+        return Path(os.path.abspath(folder)).relative_to(os.path.abspath(base))
+    except ValueError:
+        raise UserError(f"{folder}: should lie in the folder of --output_meta, {os.path.abspath(base)}") from None
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args())

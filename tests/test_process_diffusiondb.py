@@ -1,0 +1,305 @@
+"""process_diffusiondb.py on small parts and a small classifier of random weights."""
+
+import io
+import itertools
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from parts import CONFIG, encode, read_rows, write_checkpoint, write_part, write_parts, write_zip
+from PIL import Image, ImageFilter
+
+import process_diffusiondb as stage
+from toy import world
+from utils import hps
+from utils.errors import UserError, one_line_errors
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(tmp_path, *options, parts="parts", meta="meta.jsonl", workers=0):
+    command = ["--clip_checkpoint", tmp_path / "hpc.pth", "--source_dataset", tmp_path / parts]
+    command += ["--meta_file", tmp_path / meta, "--num_workers", workers, *options]
+    stage.main(stage.parse_args(list(map(str, command))))
+    return tmp_path / meta
+
+
+@pytest.fixture
+def world_path(tmp_path):
+    """A folder of three parts, 15 images each, and a classifier."""
+    write_parts(tmp_path / "parts")
+    write_checkpoint(tmp_path / "hpc.pth")
+    return tmp_path
+
+
+def test_rows_are_what_the_formula_says(world_path):
+    meta = run(world_path)
+
+    # The classifier as open_clip itself runs it, one image and one prompt at a time.
+    saved = torch.load(world_path / "hpc.pth")
+    name = hps.find_model(CONFIG)[0]
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.load_state_dict(saved["state_dict"])
+    tokenizer = open_clip.get_tokenizer(name)
+    model.eval()
+
+    expected, undecodable = [], []
+    for number in (2, 3, 4):
+        with zipfile.ZipFile(world_path / "parts" / f"part-{number:06d}.zip") as archive:
+            index = json.loads(archive.read(f"part-{number:06d}.json"))
+            for position, (image, entry) in enumerate(index.items()):
+                try:
+                    picture = Image.open(io.BytesIO(archive.read(image))).convert("RGB")
+                except OSError:
+                    undecodable.append(f"part-{number:06d}.zip/{image}")
+                    continue
+                with torch.no_grad():
+                    a = model.encode_image(preprocess(picture)[None])[0].double()
+                    b = model.encode_text(tokenizer(entry["p"]))[0].double()
+                cosine = (a @ b / (a.norm() * b.norm())).item()
+                row = {"id": number * 1_000_000 + position, "prompt": entry["p"], "score": 100 * cosine}
+                row |= {"blurry": position == 1, "part": number, "image": image}
+                expected.append(row)
+    rows = read_rows(meta)
+    assert len({row.pop("pixels") for row in rows}) == len(rows) == 42
+    scores = [row.pop("score") for row in rows]
+    assert scores == pytest.approx([row.pop("score") for row in expected], abs=1e-3)
+    assert scores == [round(score, 4) for score in scores] and np.std(scores) > 0.1
+    assert rows == expected
+
+    errors = read_rows(f"{meta}.errors.jsonl")
+    assert [error["item"] for error in errors] == undecodable and len(errors) == 3
+    assert all(error["stage"] == "decode" and "not a readable picture" in error["reason"] for error in errors)
+    record = json.loads(Path(f"{meta}.run.json").read_text())
+    assert (record["images"], record["blurry"], record["errors"], record["failed_parts"]) == (42, 3, 3, 0)
+    assert len(record["settings"]["checkpoint_sha256"]) == 64
+
+
+def test_same_bytes_for_any_number_of_ranks_and_workers(world_path):
+    outputs = []
+    for world_size, workers in [(1, 0), (1, 2), (2, 1), (3, 0)]:
+        name = f"{world_size}-{workers}.jsonl"
+        for rank in reversed(range(world_size)):  # the last one to finish merges, whichever it is
+            assert not (world_path / name).exists()
+            run(world_path, "--world_size", world_size, "--rank", rank, meta=name, workers=workers)
+        outputs.append([(world_path / f"{name}{end}").read_bytes() for end in ("", ".errors.jsonl")])
+    assert all(output == outputs[0] for output in outputs)
+
+    # More ranks than parts, and another batch size: the same but for rounding.
+    run(world_path, "--world_size", 9, "--rank", 8, meta="3-0.jsonl")
+    for batch_size in (1, 4):
+        other = read_rows(run(world_path, "--batch_size", batch_size, meta=f"batch-{batch_size}.jsonl"))
+        for row, reference in zip(other, map(json.loads, outputs[0][0].splitlines()), strict=True):
+            assert row.pop("score") == pytest.approx(reference.pop("score"), abs=1.1e-4)
+            assert row == reference
+
+
+def test_goes_on_after_kill_9(tmp_path):
+    write_parts(tmp_path / "parts", numbers=range(2, 14))
+    write_checkpoint(tmp_path / "hpc.pth")
+    reference = run(tmp_path, meta="reference.jsonl")
+
+    command = [sys.executable, ROOT / "process_diffusiondb.py", "--clip_checkpoint", tmp_path / "hpc.pth"]
+    command += ["--source_dataset", tmp_path / "parts", "--meta_file", tmp_path / "meta.jsonl", "--num_workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "meta.jsonl.parts"
+    while process.poll() is None and len(list(folder.glob("part-??????.jsonl"))) < 3:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "meta.jsonl").exists()
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("part-??????.jsonl")}
+    assert 3 <= len(done) < 12
+    meta = run(tmp_path)
+    assert all(path.stat().st_mtime_ns == made for path, made in done.items())
+    assert meta.read_bytes() == reference.read_bytes()
+
+
+def test_refuses_to_mix_and_overwrites_on_request(world_path):
+    meta = run(world_path)
+    before = meta.read_bytes()
+    with pytest.raises(UserError, match="blur_threshold was 10, now 20"):
+        run(world_path, "--blur_threshold", 20)
+    write_parts(world_path / "others", seed=1)
+    with pytest.raises(UserError, match="source_dataset was"):
+        run(world_path, parts="others")
+    with pytest.raises(UserError, match="precision was 'fp32', now 'bf16'"):
+        run(world_path, "--precision", "bf16")
+    write_checkpoint(world_path / "hpc.pth", seed=1)
+    with pytest.raises(UserError, match="checkpoint_sha256 was"):
+        run(world_path)
+    assert meta.read_bytes() == before
+
+    run(world_path, "--overwrite")
+    fresh = run(world_path, meta="fresh.jsonl")
+    assert meta.read_bytes() == fresh.read_bytes() != before
+    Path(f"{meta}.run.json").unlink()
+    with pytest.raises(UserError, match="of unknown origin"):
+        run(world_path)
+
+
+def test_overwriting_by_several_ranks_leaves_nothing_old(world_path):
+    meta = run(world_path)
+    write_checkpoint(world_path / "hpc.pth", seed=1)
+    run(world_path, "--overwrite", "--world_size", 2, "--rank", 0)
+    assert not meta.exists()
+    run(world_path, "--overwrite", "--world_size", 2, "--rank", 1)
+    assert meta.read_bytes() == run(world_path, meta="fresh.jsonl").read_bytes()
+
+
+def test_parts_that_cannot_be_read_are_one_error_each_until_they_are_mended(world_path):
+    reference = run(world_path, meta="reference.jsonl")
+    broken = world_path / "parts" / "part-000003.zip"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    write_zip(world_path / "parts" / "part-000005.zip", {"a.webp": b"x"})
+    meta = run(world_path, meta="meta.jsonl")
+    assert [row["part"] for row in read_rows(meta)] == [2] * 14 + [4] * 14
+    errors = read_rows(f"{meta}.errors.jsonl")
+    assert [(error["item"], error["stage"]) for error in errors if "/" not in error["item"]] == [
+        ("part-000003.zip", "open"),
+        ("part-000005.zip", "open"),
+    ]
+    assert json.loads(Path(f"{meta}.run.json").read_text())["failed_parts"] == 2
+
+    broken.write_bytes(whole)
+    (world_path / "parts" / "part-000005.zip").unlink()
+    run(world_path)
+    for end in ("", ".errors.jsonl"):
+        assert Path(f"{meta}{end}").read_bytes() == Path(f"{reference}{end}").read_bytes()
+
+
+def test_strange_images_and_prompts_do_not_stop_the_others(tmp_path):
+    write_checkpoint(tmp_path / "hpc.pth")
+    rng = np.random.default_rng(0)
+    picture = world.render("a red circle on a white background", rng)
+    animation = io.BytesIO()
+    picture.save(animation, "WEBP", lossless=True, save_all=True, append_images=[picture.rotate(90)])
+    bomb = Image.new("1", (20000, 20000))
+    sliver = Image.new("RGB", (20000, 10), "white")  # thin, but not too thin for a model of 32 pixels
+    hair = Image.new("RGB", (200000, 1), "white")
+    good = {
+        "plain.webp": encode(picture),
+        "rgba.png": encode(picture.convert("RGBA"), "PNG"),
+        "palette.png": encode(picture.convert("P"), "PNG"),
+        "la.png": encode(picture.convert("LA"), "PNG"),
+        "cmyk.jpg": encode(picture.convert("CMYK"), "JPEG"),
+        "grey16.png": encode(Image.fromarray(rng.integers(0, 65536, (32, 32)).astype(np.uint16)), "PNG"),
+        "animated.webp": animation.getvalue(),
+        "sliver.png": encode(sliver, "PNG"),
+        "dot.png": encode(Image.new("RGB", (1, 1)), "PNG"),
+        "line.png": encode(Image.new("RGB", (1, 90)), "PNG"),
+    }
+    bad = {
+        "hair.png": encode(hair, "PNG"),
+        "bomb.png": encode(bomb, "PNG"),
+        "empty.webp": b"",
+        "text.webp": b"<html>",
+        "cut.webp": encode(picture)[:50],
+        "cut.png": encode(picture, "PNG")[:-400],
+    }
+    mixed = [item for pair in itertools.zip_longest(bad.items(), good.items()) for item in pair if item]
+    prompts = itertools.cycle(["", "x" * 20000, "🐱 " * 200, 'a "quoted"\nprompt\t\\', "naïve \u2028 "])
+    entries = [(name, next(prompts), content) for name, content in mixed]
+    write_part(tmp_path / "parts", 2, entries)
+    meta = run(tmp_path, workers=2)
+    rows = read_rows(meta)
+    assert [(row["image"], row["prompt"]) for row in rows] == [(name, p) for name, p, _ in entries if name in good]
+    assert all(np.isfinite(row["score"]) for row in rows)
+    errors = read_rows(f"{meta}.errors.jsonl")
+    assert [error["item"] for error in errors] == [f"part-000002.zip/{name}" for name, _, _ in entries if name in bad]
+    reasons = {error["item"].rpartition("/")[2]: error["reason"] for error in errors}
+    assert "too long and thin" in reasons["hair.png"] and "bomb" in reasons["bomb.png"]
+    assert all("\n" not in reason and "Traceback" not in reason for reason in reasons.values())
+
+    # The same picture in another file is known as the same; other pictures are not.
+    pixels = {row["image"]: row["pixels"] for row in rows}
+    assert pixels["plain.webp"] == pixels["rgba.png"] == pixels["animated.webp"] != pixels["la.png"]
+    blurry = {row["image"] for row in rows if row["blurry"]}
+    assert blurry == {"dot.png", "line.png", "sliver.png"}
+
+
+def test_scores_that_are_no_numbers_are_errors(world_path):
+    saved = torch.load(world_path / "hpc.pth")
+    saved["state_dict"]["text_projection"][:] = float("nan")
+    torch.save(saved, world_path / "hpc.pth")
+    meta = run(world_path)
+    assert read_rows(meta) == []
+    assert sum(error["stage"] == "score" for error in read_rows(f"{meta}.errors.jsonl")) == 42
+
+
+def edge(left: int, right: int, turned: bool) -> Image.Image:
+    pixels = np.full((24, 32, 3), left, np.uint8)
+    pixels[:, 16:] = right
+    image = Image.fromarray(pixels)
+    return image.transpose(Image.Transpose.ROTATE_90) if turned else image
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("left, right", [(0, 255), (255, 0), (100, 110), (110, 100)])
+def test_a_sharp_edge_is_not_blurry_in_any_direction(left, right, turned):
+    assert not stage.is_blurry(edge(left, right, turned), 10)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("left, right", [(100, 109), (109, 100), (0, 0), (255, 255)])
+def test_a_soft_edge_is_blurry_in_every_direction(left, right, turned):
+    assert stage.is_blurry(edge(left, right, turned), 10)
+
+
+def test_blur_agrees_with_a_plain_loop():
+    rng = np.random.default_rng(0)
+    sharp = world.render("a blue square on a black background", rng).resize((96, 96))
+    for radius in (0, 1, 2, 4, 8, 16):
+        image = sharp.filter(ImageFilter.GaussianBlur(radius))
+        grey = np.asarray(image.convert("L")).astype(int)
+        steps = [abs(grey[y, x] - grey[y, x + 1]) for y in range(96) for x in range(95)]
+        steps += [abs(grey[y, x] - grey[y + 1, x]) for y in range(95) for x in range(96)]
+        for threshold in (max(steps), max(steps) + 1):
+            assert stage.is_blurry(image, threshold) == (max(steps) < threshold)
+    assert stage.is_blurry(image, 10) and not stage.is_blurry(sharp, 10)
+    assert stage.is_blurry(Image.new("RGB", (1, 1)), 10)
+
+
+def test_workers_may_be_spawned(world_path):
+    scorer = hps.load(world_path / "hpc.pth")
+    pictures = pickle.loads(pickle.dumps(stage.Pictures(scorer.preprocess, 10)))
+    part, path, rows = next(stage.batches(stage.diffusiondb.find_parts(world_path / "parts"), 4, None))
+    found, pixels, errors = pictures[part, path, rows]
+    assert (len(found), pixels.shape, len(errors)) == (3, (3, 3, 32, 32), 1)
+    assert pickle.loads(pickle.dumps(stage.as_it_is)) is stage.as_it_is
+
+
+def test_mistakes_are_one_line_and_exit_code_2(world_path, capsys):
+    write_zip(world_path / "unnamed" / "pictures.zip", {})
+    (world_path / "note.txt").write_text("not a checkpoint")
+    (world_path / "file").touch()
+    mistakes = {
+        "no such file": ["--clip_checkpoint", world_path / "absent.pth"],
+        "not a checkpoint": ["--clip_checkpoint", world_path / "note.txt"],
+        "neither a folder nor a subset": ["--source_dataset", "large_first_1g"],
+        "not named like": ["--source_dataset", world_path / "unnamed"],
+        "made with the model": ["--model", "ViT-B-32"],
+        "--rank 2 and --world_size 2": ["--rank", "2", "--world_size", "2"],
+        "--batch_size 0": ["--batch_size", "0"],
+        "Not a directory": ["--meta_file", world_path / "file" / "meta.jsonl"],
+    }
+    for said, options in mistakes.items():
+        with pytest.raises(SystemExit) as caught, one_line_errors():
+            run(world_path, *options)
+        printed = capsys.readouterr().err
+        assert caught.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1 and said in printed
+    assert not list(world_path.glob("meta.jsonl*"))
+    command = [sys.executable, ROOT / "process_diffusiondb.py", "--clip_checkpoint", "x", "--source_dataset", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --source_dataset nowhere: neither")
+    assert done.stderr.count("\n") == 1
