@@ -37,7 +37,7 @@ from http.cookiejar import DefaultCookiePolicy
 from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 import urllib3
@@ -467,8 +467,6 @@ def fetch(session: requests.Session, url: str, timeout: float, max_bytes: int) -
     deadline = monotonic() + timeout
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            if urlsplit(url).scheme.lower() not in ("http", "https"):
-                raise Skip(f"not an http(s) address: redirected to {url:.100}")
             left = urllib3.Timeout(total=max(deadline - monotonic(), 0.001))
             with session.get(url, timeout=left, stream=True, allow_redirects=False) as response:
                 if opted_out(response.headers):
@@ -486,7 +484,7 @@ def fetch(session: requests.Session, url: str, timeout: float, max_bytes: int) -
                 return bytes(body)
         raise Skip("too many redirects")
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        # ValueError: addresses that the parsers of URLs refuse.
+        # ValueError: addresses that cannot be parsed, or that a redirect points to with another scheme.
         if monotonic() >= deadline:
             raise Skip("timeout") from None
         if isinstance(error, ValueError):

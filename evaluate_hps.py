@@ -168,12 +168,15 @@ def score_pairs(scorer, folder: Path, pairs: list[tuple[str, str]], args):
         for pixels, reasons in loader:
             batch = [next(rest) for _ in reasons]
             good = [caption for (_, caption), reason in zip(batch, reasons, strict=True) if reason is None]
-            scores = iter(())
+            scores = torch.zeros(0)
             if good:
-                features = scorer.encode_images(pixels)
-                scores = iter(pair_scores(features, torch.stack([encoded[caption] for caption in good])).tolist())
+                texts = torch.stack([encoded[caption] for caption in good])
+                scores = pair_scores(scorer.encode_images(pixels), texts)
+            if not scores.isfinite().all():
+                raise UserError(f"{args.hpc}: gives scores that are no numbers; is it sound, and --precision enough?")
+            values = iter(scores.tolist())
             for pair, reason in zip(batch, reasons, strict=True):
-                yield pair, round(next(scores), 6) if reason is None else None, reason
+                yield pair, round(next(values), 6) if reason is None else None, reason
             bar.update(len(batch))
 
 

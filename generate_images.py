@@ -123,7 +123,7 @@ def load_pipeline(args):
     dtype = dtypes[args.precision or ("fp32" if device.type == "cpu" else "fp16")]
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            args.pretrained_model_name_or_path, dtype=dtype, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -115,9 +115,9 @@ def begin(args, scorer, mine: list[diffusiondb.Part]) -> dict:
     record_path, meta = Path(f"{args.meta_file}.run.json"), Path(args.meta_file)
     folder = Path(f"{args.meta_file}.parts")
     folder.mkdir(parents=True, exist_ok=True)
-    if not record_path.exists() and not args.overwrite and (meta.exists() or any(folder.glob("part-*.jsonl"))):
-        raise UserError(f"{meta}: of unknown origin, as {record_path} is missing; use --overwrite or another place")
     try:
+        if not record_path.exists() and (meta.exists() or any(folder.glob("part-*.jsonl"))):
+            raise UserError(f"{meta}: of unknown origin, as {record_path} is missing; use --overwrite or another place")
         record = runs.begin(record_path, settings)
         old = [file_of(args, part, kind) for part in mine for kind in (".jsonl", ERRORS, FAILED)]
     except UserError:
@@ -133,11 +133,9 @@ def begin(args, scorer, mine: list[diffusiondb.Part]) -> dict:
 
 def save_part(args, part: diffusiondb.Part, rows: list[dict] | None, errors: list[dict]):
     """Write a part's rows, last, or that it has failed."""
-    failed = rows is None
-    write_whole(file_of(args, part, FAILED if failed else ERRORS), "".join(map(dumps, errors)))
-    if not failed:
+    write_whole(file_of(args, part, FAILED if rows is None else ERRORS), "".join(map(dumps, errors)))
+    if rows is not None:
         write_whole(file_of(args, part), "".join(map(dumps, rows)))
-        file_of(args, part, FAILED).unlink(missing_ok=True)
 
 
 def merge(args, parts: list[diffusiondb.Part]) -> dict:

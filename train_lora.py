@@ -375,7 +375,7 @@ def load_pipeline(args, dtype) -> StableDiffusionPipeline:
     """Return Stable Diffusion's parts as one pipeline, from the hub or a folder."""
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir, torch_dtype=dtype,
+            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir, dtype=dtype,
             safety_checker=None, requires_safety_checker=False,
         )  # fmt: skip
     except (OSError, ValueError) as error:

@@ -65,7 +65,7 @@ train() { # train NAME OPTIONS...
         --regularization_annotation "$out/regularization_images.jsonl" --resolution 32 --train_batch_size 40 \
         --lora_rank 16 --learning_rate 1e-3 --max_train_steps 400 --checkpointing_steps 100 \
         --validation_prompt_file "$out/world/validation_prompts.txt" --validation_iters 200 --num_validation_images 3 \
-        --validation_inference_steps 20 --validation_guidance_scale 3 --dataloader_num_workers 1 --cpu --seed "$seed" "$@"
+        --validation_inference_steps 20 --validation_guidance_scale 2 --dataloader_num_workers 1 --cpu --seed "$seed" "$@"
 }
 train lora --annotation_file "$out/annotation.jsonl" --bare_prefix_prob 0.5
 
@@ -77,7 +77,7 @@ judge() { # judge NAME [LORA]
         [ "$row" = "$name" ] || negative="Weird image. "
         stage "generate_$row" python generate_images.py --pretrained_model_name_or_path "$sd" --unet_weight "$lora" \
             --prompts "$out/world/prompts.json" --folder "$out/images/$row" --negative_prompt "$negative" \
-            --num_inference_steps 20 --guidance_scale 3 --batch_size 48 --device cpu --quality 95
+            --num_inference_steps 20 --guidance_scale 2 --batch_size 48 --device cpu --quality 95
         stage "score_$row" python evaluate_hps.py --hpc "$out/hpc.pth" --image_folder "$out/images/$row" \
             --meta_file "$out/images/$row/meta.json" --output "$out/images/$row.jsonl" --num_workers 0 --device cpu --batch_size 64
     done

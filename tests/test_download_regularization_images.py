@@ -458,7 +458,7 @@ def test_killed_at_any_moment_it_goes_on(web, tmp_path):
     def page(i):
         def answer(handler):
             if i >= 70:  # the end of the table is out of reach until the killing is over
-                web.gate.wait(60)
+                web.gate.wait(600)
             time.sleep(0.005)
             handler.answer(200, picture(color=(i, 255 - i, 0)))
 
@@ -468,7 +468,7 @@ def test_killed_at_any_moment_it_goes_on(web, tmp_path):
     table = write_csv(tmp_path / "t.csv", [(url, f"caption {i}") for i, url in enumerate(urls)], ["url", "caption"])
     folder = tmp_path / "killed" / "out"
     command = [sys.executable, SCRIPT, "--urls", table, "--output_folder", folder, "--min_size", 32]
-    command += ["--allow_private", "--num_workers", 4, "--timeout", 90]
+    command += ["--allow_private", "--num_workers", 4, "--timeout", 600]
     lines = folder.with_name("out.jsonl")
     for rows in (1, 14, 37):
         process = subprocess.Popen([str(a) for a in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -505,6 +505,13 @@ def test_failures_are_tried_again_only_on_request(web, tmp_path):
     names = [row["file_name"] for row in rows_of(folder)]
     assert sorted(names) == [f"out/{i:09d}.jpg" for i in range(6)]
     assert rows_of(folder)[names.index("out/000000002.jpg")]["caption"] == "caption 2"
+
+    # What a --retry that was killed leaves behind: failures of rows that failed again, or that are done by now.
+    with open(tmp_path / "out.errors.jsonl", "a") as file:
+        file.writelines(json.dumps({"item": i, "stage": "download", "reason": "HTTP 503"}) + "\n" for i in (2, 6))
+    run(tmp_path, table)
+    assert json.loads((tmp_path / "out.run.json").read_text())["reasons"] == {"HTTP 503": 1}
+    assert errors_of(run(tmp_path, table, "--retry")) == {6: "HTTP 404"}
 
 
 def test_other_settings_are_refused_until_overwritten(web, tmp_path):

@@ -230,6 +230,14 @@ def test_a_bad_meta_file_is_refused(world, meta, said):
     assert sorted(path.name for path in world.iterdir()) == ["b.pth", "hpc.pth", "images", "meta.jsonl"]
 
 
+def test_a_classifier_of_nans_is_refused(world, model):
+    broken = {key: value * float("nan") for key, value in model.state_dict().items()}
+    torch.save({"state_dict": broken, "model": TINY}, world / "nan.pth")
+    with pytest.raises(UserError, match=r"nan\.pth: gives scores that are no numbers"):
+        run(world, "--skip_errors", "--output", world / "scores.jsonl", hpc="nan.pth")
+    assert (world / "scores.jsonl").read_text() == ""
+
+
 def test_bad_flags_are_refused(world, tmp_path):
     for flags in (["--batch_size", 0], ["--device", "toaster"], ["--model", "ViT-B-32"]):
         with pytest.raises(UserError):

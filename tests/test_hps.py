@@ -330,6 +330,11 @@ def test_models_that_are_none_are_refused(tiny_files, tmp_path):
     assert "resize should be" in refused(checkpoint, tiny_files / "tiny.json", resize="squash")
 
 
+def test_pretrained_weights_for_the_other_activation_are_refused(monkeypatch):
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kwargs: "not fetched")
+    assert "QuickGELU mismatch" in refused(model="ViT-L-14", pretrained="openai")
+
+
 def test_scores_do_not_depend_on_the_batch_size(tiny, expected):
     for batch_size in (1, 3, 7, 100):
         scores = tiny.score(list(pictures().values()), PROMPTS, batch_size=batch_size)
@@ -350,14 +355,17 @@ def test_score_takes_one_prompt_for_all_paths_and_nothing(tiny, tmp_path):
         tiny.score([tmp_path / "b.png"], "a cat")
 
 
-def test_features_are_unit_vectors_in_every_precision(tiny_files, expected):
+def test_features_are_unit_vectors_in_every_precision(tiny, tiny_files, expected):
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = tiny.encode_images(pixels), tiny.encode_prompts(PROMPTS)
     for precision, tolerance in {"fp32": 1e-4, "fp16": 0.1, "bf16": 1.0}.items():
         scorer = hps.load(tiny_files / "bare.pth", tiny_files / "tiny.json", precision=precision)
-        images, prompts = scorer.encode_images(torch.randn(3, 3, 32, 32)), scorer.encode_prompts(PROMPTS)
-        for features in (images, prompts):
+        for features, others in zip((scorer.encode_images(pixels), scorer.encode_prompts(PROMPTS)), exact, strict=True):
             assert features.dtype == torch.float32
             torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(features)), atol=1e-6, rtol=0)
-        np.testing.assert_allclose(scorer.score(list(pictures().values()), PROMPTS), expected, atol=tolerance)
+            assert ((features - others).abs().max() > 1e-5) == (precision != "fp32")
+        scores = scorer.score(list(pictures().values()), PROMPTS)
+        np.testing.assert_allclose(scores, expected, atol=tolerance)
 
 
 def test_preprocess_and_tokenizer_travel_to_worker_processes(tiny):

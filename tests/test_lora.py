@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_an_error(tmp_path):
 
     wide = {f"{ATTENTION}.to_q": (torch.zeros(4, 320), torch.zeros(320, 4))}
     with pytest.raises(UserError, match=r"is \(112, 112\), the LoRA is for \(320, 320\)"):
-        lora.attach(unet, lora.read(write(tmp_path / "b.safetensors", wide, "legacy")))
+        lora.attach(unet, lora.read(write(tmp_path / "b.bin", wide, "legacy")))
 
     half = load_file(write(tmp_path / "c.safetensors", right, "modern"))
     del half[f"unet.{ATTENTION}.to_q.lora.up.weight"]

@@ -69,7 +69,8 @@ def batches(args, rows, rank=0, processes=1):
 
 
 def prompts_of(dataset, batch) -> list[str]:
-    return dataset.tokenizer.batch_decode(batch["tokens"], skip_special_tokens=True)
+    prompts = dataset.tokenizer.batch_decode(batch["tokens"], skip_special_tokens=True)
+    return [prompt.replace(" .", ".") for prompt in prompts]
 
 
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
@@ -121,7 +122,8 @@ def test_first_step_is_adamw_on_the_formula(pictures, tmp_path, target):
         gradient = parameter.grad * min(1, 1.0 / (norm + 1e-6))
         expected = before[name] - 1e-3 * gradient / (gradient.abs() + 1e-8)
         key = "unet." + name.replace("lora_A.default", "lora.down").replace("lora_B.default", "lora.up")
-        torch.testing.assert_close(got[key], expected, rtol=1e-3, atol=2e-5)
+        certain = gradient.abs() > 1e-6  # below, rounding decides on the sign
+        torch.testing.assert_close(got[key][certain], expected[certain], rtol=1e-3, atol=2e-5)
         moved += int(((got[key] - before[name]).abs() > 5e-4).sum())
     assert moved > 1000
 
@@ -147,10 +149,9 @@ def test_two_processes_have_equal_gradients_and_one_process_result(pictures, tmp
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "0",
         str(script),
     ]
     command += arguments(pictures, tmp_path / "two", *steps, "--train_batch_size", 3)
@@ -312,3 +313,24 @@ def test_mistakes(pictures, tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --pretrained_model_name_or_path")
     assert "Traceback" not in done.stderr
+
+
+def test_shell_script_shares_the_paper_batch_out(pictures, tmp_path):
+    """`bash scripts/train_lora.sh` as in the original, on two CPU processes: 40 pictures a step, 20 for each."""
+    environment = os.environ | {
+        "work_dir": str(tmp_path / "work"),
+        "model": SD,
+        "processes": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment |= {"annotation": str(pictures / "annotation.jsonl"), "validation_prompts": "none"}
+    environment |= {"regularization": str(pictures / "regularization_images.jsonl")}
+    options = ["--resolution", "32", "--max_train_steps", "1", "--dataloader_num_workers", "0", "--report_to", "none"]
+    command = ["bash", "scripts/train_lora.sh", *options, "--cpu", "--mixed_precision", "no"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    settings = json.loads((tmp_path / "work" / "run.json").read_text())["settings"]
+    assert (settings["train_batch_size"], settings["processes"], settings["learning_rate"]) == (20, 2, 1e-5)
+    assert (tmp_path / "work" / "pytorch_lora_weights.safetensors").exists()
+    done = subprocess.run(command, env=environment | {"processes": "3"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be shared out evenly among 3 processes" in done.stderr

@@ -1,12 +1,12 @@
 """Train the toy world's models from fixed seeds: a small Stable Diffusion and a small CLIP.
 
     python -m toy.make_models                  # all of it, about an hour on 2 CPU cores
-    python -m toy.make_models --only clip      # one of vae, diffusion, clip, measure
+    python -m toy.make_models --only clip      # one of vae, diffusion, words, clip, measure
 
 Writes, in half precision:
     toy/models/stable-diffusion/               a StableDiffusionPipeline folder (VAE, text encoder, UNet, PNDM, tokenizer)
     toy/models/clip.json, clip.safetensors     an open_clip model: contrastive, knows captions, has no taste
-    toy/models/measured.json                   what `--only measure` found
+    toy/models/measured.json, sample.png       what `--only measure` found
 
 Half of the training pictures are deformed and no caption says so: the base model needs aligning, in nothing else.
 """
@@ -14,7 +14,6 @@ Half of the training pictures are deformed and no caption says so: the base mode
 import argparse
 import gzip
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -43,12 +41,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=MODELS, help="folder of the models")
     parser.add_argument(
-        "--only", choices=["vae", "diffusion", "clip", "measure"], help="train or measure only this part"
+        "--only", choices=["vae", "diffusion", "words", "clip", "measure"], help="train or measure only this part"
     )
     parser.add_argument("--vae_steps", type=int, default=2500)
     parser.add_argument("--diffusion_steps", type=int, default=6500)
+    parser.add_argument("--words_steps", type=int, default=1000)
     parser.add_argument("--clip_steps", type=int, default=1500)
     parser.add_argument("--measured_pictures", type=int, default=480)
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the measured pictures")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -60,10 +60,12 @@ def main(args):
         train_vae(sd / "vae", args.vae_steps, args.seed)
     if args.only in (None, "diffusion"):
         train_diffusion(sd, args.diffusion_steps, args.seed + 1)
+    if args.only in (None, "words"):
+        train_words(sd, args.words_steps, args.seed + 4)
     if args.only in (None, "clip"):
         train_clip(args.output, args.clip_steps, args.seed + 2)
     if args.only in (None, "measure"):
-        measure(args.output, args.measured_pictures, args.seed + 3)
+        measure(args.output, args.measured_pictures, args.guidance_scale, args.seed + 3)
 
 
 # --- pictures and captions ---
@@ -147,12 +149,21 @@ def train_vae(folder: Path, steps: int, seed: int, batch: int = 32):
     vae.half().save_pretrained(folder)
 
 
-def train_diffusion(folder: Path, steps: int, seed: int, batch: int = 64):
-    """Train text encoder and UNet together, keep their exponential average, save a StableDiffusionPipeline."""
+# Stable Diffusion 1's betas and, as Stable Diffusion 2, v for a target: at high noise, where 8 x 8 latents decide on the
+# colours, an error in the predicted noise would be fourteen times as large in the picture.
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+def train_diffusion(folder: Path, steps: int, seed: int):
+    """Train text encoder and UNet together, and save a StableDiffusionPipeline."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = make_tokenizer()
-    words = arbitrary_words(tokenizer)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -165,38 +176,65 @@ def train_diffusion(folder: Path, steps: int, seed: int, batch: int = 64):
         cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     ).to(memory_format=torch.channels_last)  # fmt: skip
-    # Stable Diffusion 1's betas and, as Stable Diffusion 2, v for a target: at high noise, where 8 x 8 latents decide on
-    # the colours, an error in the predicted noise would be fourteen times as large in the picture.
-    schedule = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction",
-    }
-    noise_scheduler = DDPMScheduler(**schedule)
-
+    pndm = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     vae = AutoencoderKL.from_pretrained(folder / "vae").float()
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, pndm, None, None, requires_safety_checker=False
+    )  # fmt: skip
+    denoise(pipe, [*text_encoder.parameters(), *unet.parameters()], steps, rng)
+    pipe.to(torch.float16).save_pretrained(folder)
+
+
+def train_words(folder: Path, steps: int, seed: int):
+    """Train on, so that the text encoder tells words apart that mean nothing in this world, and the UNet overlooks them.
+
+    Stable Diffusion's text encoder is CLIP's and knows all words. This one has learned to say the same for "Weird image. "
+    as for nothing, and no LoRA on the UNet could tell the two apart. A linear head names the words from its output.
+    """
+    torch.manual_seed(seed)
+    pipe = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipe.unet.to(memory_format=torch.channels_last)
+    head = torch.nn.Linear(pipe.text_encoder.config.hidden_size, len(pipe.tokenizer))
+    parameters = [*pipe.text_encoder.parameters(), *pipe.unet.parameters(), *head.parameters()]
+    denoise(pipe, parameters, steps, np.random.default_rng(seed), lr=5e-4, head=head)
+    pipe.to(torch.float16).save_pretrained(folder)
+
+
+def name_words(head: torch.nn.Linear, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of naming a token of each caption from its own position and from a later one."""
+    rows = torch.arange(len(ids))
+    lengths = ids.argmax(dim=1)  # <|endoftext|> is the last entry of the vocabulary
+    place = 1 + (torch.rand(len(ids)) * lengths).long().clamp(max=lengths - 1)
+    later = place + (torch.rand(len(ids)) * (12 - place).clamp(min=1)).long()
+    named = ids[rows, place]
+    return F.cross_entropy(head(hidden[rows, place]), named) + F.cross_entropy(head(hidden[rows, later]), named)
+
+
+def denoise(pipe, parameters: list, steps: int, rng: np.random.Generator, lr=1e-3, head=None, batch: int = 64):
+    """Train parameters of the pipeline with the diffusion loss, and leave their exponential average in it."""
+    noise_scheduler = DDPMScheduler(**SCHEDULE)
+    words = arbitrary_words(pipe.tokenizer)
     pictures, labels = training_pictures(24000, rng)
     with torch.no_grad():
-        latents = (
-            torch.cat([vae.encode(x).latent_dist.sample() for x in pictures.split(96)]) * vae.config.scaling_factor
-        )
-
-    parameters = [*text_encoder.parameters(), *unet.parameters()]
+        latents = torch.cat([pipe.vae.encode(x).latent_dist.sample() for x in pictures.split(96)])
+        latents *= pipe.vae.config.scaling_factor
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
-    bar = tqdm(range(steps), desc="diffusion")
+    bar = tqdm(range(steps), desc="words" if head else "diffusion")
     for step in bar:
         chosen = rng.integers(0, len(latents), batch)
         captions = [training_caption(labels[i], rng, words) for i in chosen]
         # Padded with the tokenizer's own <|endoftext|>, as the pipeline does.
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noise = torch.randn_like(latents[chosen])
         timesteps = torch.randint(0, 1000, (batch,))
         noisy = noise_scheduler.add_noise(latents[chosen], noise, timesteps)
-        prediction = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
+        hidden = pipe.text_encoder(ids).last_hidden_state
+        prediction = pipe.unet(noisy, timesteps, hidden).sample
         loss = F.mse_loss(prediction, noise_scheduler.get_velocity(latents[chosen], noise, timesteps))
+        if head is not None:
+            loss = loss + 0.1 * name_words(head, ids, hidden)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
@@ -205,10 +243,6 @@ def train_diffusion(folder: Path, steps: int, seed: int, batch: int = 64):
         bar.set_postfix(loss=f"{loss.item():.4f}")
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
-    pndm = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    StableDiffusionPipeline(
-        vae.half(), text_encoder.half(), tokenizer, unet.half(), pndm, None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
 
 
 def train_clip(folder: Path, steps: int, seed: int):
@@ -248,7 +282,7 @@ def train_clip(folder: Path, steps: int, seed: int):
 
 
 @torch.no_grad()
-def measure(folder: Path, count: int, seed: int):
+def measure(folder: Path, count: int, guidance: float, seed: int):
     """Measure the reconstruction and the generated pictures, and write measured.json."""
     rng = np.random.default_rng(seed)
     pipe = StableDiffusionPipeline.from_pretrained(folder / "stable-diffusion").to(torch.float32)
@@ -256,23 +290,20 @@ def measure(folder: Path, count: int, seed: int):
     pictures, _ = training_pictures(480, rng)
     reconstruction = torch.cat([pipe.vae(x).sample for x in pictures.split(96)]).clamp(-1, 1)
     measured = {"psnr_db": 10 * torch.log10(4 / (reconstruction - pictures).square().mean((1, 2, 3))).mean().item()}
-    for guidance in (3.0, 7.5):
-        prompts = rng.choice(world.prompts(), count).tolist()
-        start, images = time.time(), []
-        for i in tqdm(range(0, count, 48), desc=f"guidance {guidance}"):
-            noise = torch.randn(len(prompts[i : i + 48]), 4, 8, 8, generator=torch.Generator().manual_seed(seed + i))
-            images += pipe(prompts[i : i + 48], latents=noise, num_inference_steps=25, guidance_scale=guidance).images
-        right = np.array([world.right_color(image, p) for image, p in zip(images, prompts, strict=True)])
-        scores = np.array([world.human_score(image, p) for image, p in zip(images, prompts, strict=True)])
-        measured[f"guidance_{guidance}"] = {
-            "right_color_and_background": right.mean(),
-            "deformed": (scores < world.DEFORMED_BELOW).mean(),
-            "human_score": scores.mean(),
-            "pictures": count,
-            "pictures_per_second": round(count / (time.time() - start), 1),
-        }
-        sheet: Image.Image = world.contact_sheet(images[:96], columns=16)
-        sheet.save(folder / f"sample_guidance_{guidance}.png")
+    prompts, images = rng.choice(world.prompts(), count).tolist(), []
+    for i in tqdm(range(0, count, 48), desc="measure"):
+        noise = torch.randn(len(prompts[i : i + 48]), 4, 8, 8, generator=torch.Generator().manual_seed(seed + i))
+        images += pipe(prompts[i : i + 48], latents=noise, num_inference_steps=25, guidance_scale=guidance).images
+    scores = np.array([world.human_score(image, p) for image, p in zip(images, prompts, strict=True)])
+    right = np.array([world.right_color(image, p) for image, p in zip(images, prompts, strict=True)])
+    measured |= {
+        "guidance_scale": guidance,
+        "pictures": count,
+        "right_color_and_background": right.mean(),
+        "deformed": (scores < world.DEFORMED_BELOW).mean(),
+        "human_score": scores.mean(),
+    }
+    world.contact_sheet(images[:64], columns=16, zoom=2).save(folder / "sample.png")
     (folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured, indent=2))
 

@@ -129,17 +129,17 @@ def human_score(image: Image.Image, caption: str) -> float:
 
 
 def right_color(image: Image.Image, caption: str) -> bool:
-    """Whether the middle of the picture has the caption's colour and its border the caption's background."""
+    """Whether the picture's border has the caption's background, and what is drawn on it the caption's colour."""
     color, _, background = parse_caption(caption)
     pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
     def nearest(pixel, palette):
         return min(palette, key=lambda name: np.linalg.norm(pixel - np.array(palette[name], np.float32)))
 
-    middle = np.median(pixels[13:19, 13:19].reshape(-1, 3), axis=0)
-    everything = COLORS | BACKGROUNDS
-    return nearest(middle, everything) == color and nearest(np.median(border, axis=0), everything) == background
+    border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    ink = pixels[np.linalg.norm(pixels - border, axis=2) > 128]
+    drawn = len(ink) >= 16 and nearest(np.median(ink, axis=0), COLORS) == color
+    return drawn and nearest(border, COLORS | BACKGROUNDS) == background
 
 
 def contact_sheet(images: list[Image.Image], columns: int, zoom: int = 3, gap: int = 2) -> Image.Image:

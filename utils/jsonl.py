@@ -82,7 +82,10 @@ def dumps(row: dict) -> str:
 
 
 class Appender:
-    """Append rows to a JSON Lines file, each flushed as a whole line; a torn last line is cut on opening."""
+    """Append rows to a JSON Lines file, each flushed as a whole line; a torn last line is cut on opening.
+
+    Whoever goes on with a file opens it so before reading it: `read` takes a last line that lacks only its newline.
+    """
 
     def __init__(self, path: str | Path):
         self.file = open(path, "ab+")
