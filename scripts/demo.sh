@@ -63,7 +63,7 @@ train() { # train NAME OPTIONS...
     shift
     stage "train_$name" python train_lora.py --pretrained_model_name_or_path "$sd" --output_dir "$out/$name" \
         --regularization_annotation "$out/regularization_images.jsonl" --resolution 32 --train_batch_size 40 \
-        --lora_rank 16 --learning_rate 1e-3 --max_train_steps 400 --checkpointing_steps 100 \
+        --lora_rank 16 --learning_rate 5e-4 --max_train_steps 400 --checkpointing_steps 100 \
         --validation_prompt_file "$out/world/validation_prompts.txt" --validation_iters 200 --num_validation_images 3 \
         --validation_inference_steps 20 --validation_guidance_scale 2 --dataloader_num_workers 1 --cpu --seed "$seed" "$@"
 }
