@@ -264,12 +264,14 @@ def make_rows(part: diffusiondb.Part, decoded: list, features: list, errors: lis
     """Return a part's rows; each distinct prompt is encoded once. Scores that are no numbers become errors."""
     import torch
 
+    from utils.hps import pair_scores
+
     if not decoded:
         return []
     prompts = [row.prompt for row, _, _ in decoded]
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     texts = scorer.encode_prompts(list(place))[[place[prompt] for prompt in prompts]]
-    scores = 100 * (torch.cat(features) * texts).sum(-1)
+    scores = pair_scores(torch.cat(features), texts)
     rows = []
     for (row, blurry, pixels), score in zip(decoded, scores.tolist(), strict=True):
         if not math.isfinite(score):
