@@ -86,8 +86,8 @@ def test_tokenizer_reads_any_english_as_clip_does():
 
 
 def test_make_models_runs_from_start_to_end(tmp_path):
-    options = ["--vae_steps", "2", "--diffusion_steps", "2", "--words_steps", "2", "--clip_steps", "2", "--measured_pictures", "4"]
-    make_models.main(make_models.parse_args(["--output", str(tmp_path), *options]))
+    few = "--vae_steps 2 --diffusion_steps 2 --words_steps 2 --clip_steps 2 --measured_pictures 4"
+    make_models.main(make_models.parse_args(["--output", str(tmp_path), *few.split()]))
     assert json.loads((tmp_path / "measured.json").read_text())["pictures"] == 4
     shipped = {path.relative_to(make_models.MODELS) for path in make_models.MODELS.rglob("*.safetensors")}
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*.safetensors")} == shipped
