@@ -1,0 +1,110 @@
+"""What every benchmark does alike: time a function, measure its memory in a process of its own, print and write one table."""
+
+import json
+import multiprocessing
+import platform
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from utils.jsonl import write_whole
+from utils.runs import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(function, repeats: int = 3, device: str = "cpu") -> float:
+    """Return the shortest of `repeats` runs of `function`, after one run to warm up, in seconds."""
+    best = float("inf")
+    for run in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        if run:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def synchronize(device: str):
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def apart(function, *args) -> tuple:
+    """Return what `function(*args)` returns in a fresh process, and that process's peak memory in GiB.
+
+    The memory is the GPU's, as torch allocated it, if the process used one; otherwise the process's resident memory.
+    Function and arguments are pickled. An error in there is raised here.
+    """
+    context = multiprocessing.get_context("spawn")
+    results, end = context.Pipe(duplex=False)
+    process = context.Process(target=_apart, args=(end, function, args))
+    process.start()
+    end.close()
+    try:
+        result = results.recv()
+    except EOFError:
+        raise RuntimeError(f"{function.__name__} died without a result") from None
+    finally:
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _apart(end, function, args):
+    try:
+        value = function(*args)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        end.send((value, peak / 2**30))
+    except Exception as error:
+        end.send(error)
+
+
+def report(name: str, rows: list[dict], unit: str = "images/s", **settings):
+    """Print a table and write it to benchmarks/results/<name>.<cpu|gpu>.json.
+
+    Each row has "what", "speed" (in `unit`), "peak_gib" (or None). The row whose "what" starts with "plain" and the one
+    whose "what" starts with "limit" are what the others are divided by, where they are there.
+    """
+    plain = next((row["speed"] for row in rows if row["what"].startswith("plain")), None)
+    limit = next((row["speed"] for row in rows if row["what"].startswith("limit")), None)
+    print(f"\n{name} on {device_name()}, {', '.join(f'{key} {value}' for key, value in settings.items())}")
+    print(f"{'':44s}{unit:>12s}{'x plain':>10s}{'of limit':>10s}{'peak GiB':>10s}")
+    for row in rows:
+        row["x_plain"] = row["speed"] / plain if plain else None
+        row["of_limit"] = row["speed"] / limit if limit else None
+        cells = f"{row['speed']:12.2f}"
+        cells += f"{row['x_plain']:10.2f}" if plain else " " * 10
+        cells += f"{row['of_limit']:10.0%}" if limit else " " * 10
+        cells += f"{row['peak_gib']:10.2f}" if row.get("peak_gib") else ""
+        print(f"{row['what']:44s}{cells}")
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "settings": settings,
+        "unit": unit,
+        "rows": rows,
+    }
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    RESULTS.mkdir(exist_ok=True)
+    write_whole(RESULTS / f"{name}.{kind}.json", json.dumps(result, indent=2, default=str) + "\n")
+
+
+def device_name() -> str:
+    """Return the GPU's name, or the processor's with the number of threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{processor}, {torch.get_num_threads()} threads"
