@@ -66,6 +66,9 @@ def test_every_layout_adds_up_times_down(tmp_path, layout, rank):
         adapted.fuse_lora()
         adapted.unload_lora()
         torch.testing.assert_close(adapted(latents, 500, prompt).sample, m, rtol=0, atol=2e-5)
+    lora.fuse(unet, lora.read(file))
+    for name in matrices:
+        torch.testing.assert_close(unet.get_submodule(name).weight, merged.get_submodule(name).weight)
 
 
 def test_alpha_unequal_to_rank_scales(tmp_path):
@@ -76,6 +79,10 @@ def test_alpha_unequal_to_rank_scales(tmp_path):
     before = toy_unet().get_submodule(name).weight
     unet.fuse_lora()
     torch.testing.assert_close(unet.get_submodule(name).base_layer.weight, before + 2 / 8 * up @ down)
+    half = toy_unet().half()
+    lora.fuse(half, lora.read(tmp_path / "kohya.safetensors"), scale=0.5)
+    fused = (before.half().float() + 0.5 * 2 / 8 * up @ down).half()
+    torch.testing.assert_close(half.get_submodule(name).weight, fused, rtol=1e-3, atol=1e-6)
 
 
 def test_saved_file_reads_back_exactly_and_in_diffusers(tmp_path):
@@ -111,6 +118,10 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     other = {f"{ATTENTION.replace('down_blocks.1', 'down_blocks.7')}.to_q": right[f"{ATTENTION}.to_q"]}
     with pytest.raises(UserError, match="1 of its 1 modules are not there, such as down_blocks_7"):
         lora.attach(unet, lora.read(write(tmp_path / "a.safetensors", other, "modern")))
+    with pytest.raises(UserError, match="1 of its 2 modules are not there"):
+        both = {f"{ATTENTION}.to_k": right[f"{ATTENTION}.to_k"]} | other
+        lora.fuse(unet, lora.read(write(tmp_path / "a.safetensors", both, "modern")))
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), toy_unet().parameters(), strict=True))
 
     wide = {f"{ATTENTION}.to_q": (torch.zeros(4, 320), torch.zeros(320, 4))}
     with pytest.raises(UserError, match=r"is \(112, 112\), the LoRA is for \(320, 320\)"):

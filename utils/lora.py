@@ -90,25 +90,42 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 def attach(unet, lora: dict[str, Matrices], adapter_name: str = "default"):
     """Add the LoRA to a diffusers UNet as a PEFT adapter; UserError if a module is missing there or has another shape."""
-    modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}
-    missing = [name for name in lora if name not in modules]
+    state = {}
+    for module, (down, up, alpha) in places(unet, lora).items():
+        state[f"{module}.lora_A.weight"] = down
+        state[f"{module}.lora_B.weight"] = up * (alpha / down.shape[0])
+    unet.load_lora_adapter(state, prefix=None, adapter_name=adapter_name)
+    if adapter_name not in getattr(unet, "peft_config", {}):
+        raise RuntimeError("diffusers did not attach the LoRA")
+
+
+@torch.no_grad()
+def fuse(unet, lora: dict[str, Matrices], scale: float = 1.0):
+    """Add `scale * alpha / rank * up @ down` to the UNet's weights in place; UserError, before any change, if it does not fit."""
+    for module, (down, up, alpha) in places(unet, lora).items():
+        weight = unet.get_submodule(module).weight
+        down, up = down.to(weight.device), up.to(weight.device)
+        change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (scale * alpha / down.shape[0])
+        # The sum is rounded to the weights' precision once.
+        weight.copy_(weight.float() + change)
+
+
+def places(unet, lora: dict[str, Matrices]) -> dict[str, Matrices]:
+    """Return the LoRA by the UNet's own module names; UserError if a module is missing there or has another shape."""
+    names = {name.replace(".", "_"): name for name, module in unet.named_modules() if hasattr(module, "weight")}
+    missing = [name for name in lora if name not in names]
     if missing:
         raise UserError(
             f"the LoRA does not fit this UNet: {len(missing)} of its {len(lora)} modules are not there, such as {missing[0]}"
         )
-    state = {}
-    for name, (down, up, alpha) in lora.items():
-        weight = unet.get_submodule(modules[name]).weight
-        if (weight.shape[0], weight.shape[1]) != (up.shape[0], down.shape[1]):
+    for name, (down, up, _) in lora.items():
+        weight = unet.get_submodule(names[name]).weight
+        if weight.shape != up.shape[:1] + down.shape[1:]:
             raise UserError(
-                f"the LoRA does not fit this UNet: {modules[name]} is {tuple(weight.shape)}, "
-                f"the LoRA is for {(up.shape[0], down.shape[1])}"
+                f"the LoRA does not fit this UNet: {names[name]} is {tuple(weight.shape)}, "
+                f"the LoRA is for {(up.shape[0], *down.shape[1:])}"
             )
-        state[f"{modules[name]}.lora_A.weight"] = down
-        state[f"{modules[name]}.lora_B.weight"] = up * (alpha / down.shape[0])
-    unet.load_lora_adapter(state, prefix=None, adapter_name=adapter_name)
-    if adapter_name not in getattr(unet, "peft_config", {}):
-        raise RuntimeError("diffusers did not attach the LoRA")
+    return {names[name]: matrices for name, matrices in lora.items()}
 
 
 def save(folder: str | Path, unet):
