@@ -9,4 +9,4 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # nothing here needs the ne
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"        # the models are tiny: threads would only wait for each other
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
