@@ -1,158 +1,409 @@
-"""Generate a picture for every prompt, steered away from what people dislike by the negative prompt "Weird image. ".
+"""Generate pictures for every prompt, steered away from what people dislike by the negative prompt "Weird image. ".
 
     python generate_images.py --unet_weight checkpoint.bin --prompts prompt_list.json --folder output
     accelerate launch generate_images.py --unet_weight logs --prompts prompt_list.json --folder output
 
-Reads   prompts: a JSON array of strings
+Reads   prompts: a JSON array of strings or of objects with "prompt", JSON Lines of either, or plain text, a prompt a line
         --unet_weight: the LoRA, as a legacy .bin, a modern or kohya .safetensors, or the folder that holds it; "" for none
-Writes  FOLDER/{i}.jpg for prompt i, FOLDER/meta.json (an array of file_name, caption, seed) once all are there,
-        FOLDER/run.json (the options; a folder of other pictures is refused)
+Writes  FOLDER/{k}.jpg for picture k (of prompt k, or of prompt k // N with --images_per_prompt N), FOLDER/meta.json (an array
+        of file_name, caption, seed) once all are there, FOLDER/run.json (the options; a folder of other pictures is refused)
 
-Picture i starts from the noise of seed + i, so it does not depend on the batch size, the number of processes or on what
-is already there. A killed run goes on where it stopped.
+Picture k starts from the noise of seed + k, so it does not depend on the batch size, the number of processes or on what is
+already there. A killed run goes on where it stopped. Each picture carries its recipe, as AUTOMATIC1111's web UI reads it.
 """
 
 import argparse
+import contextlib
+import hashlib
 import io
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils import ranks, runs
+from utils import prompts, ranks, recipe, runs
 from utils.errors import UserError, one_line_errors
-from utils.jsonl import read_array, write_whole
+from utils.jsonl import write_whole
+
+# diffusers' class, what it needs beside the model's own configuration, and AUTOMATIC1111's name for the sampler.
+SCHEDULERS = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, "PLMS"),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
+    "euler": ("EulerDiscreteScheduler", {}, "Euler"),
+}
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+
+
+class Picture(NamedTuple):
+    name: str
+    prompt: str
+    seed: int
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what to draw
+    parser.add_argument("--prompts", default="validation_prompts_500.json", help="JSON array, JSON Lines or text file")
+    parser.add_argument("--folder", default="dump", help="where the pictures go")
+    parser.add_argument("--images_per_prompt", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="picture k starts from the noise of seed + k")
+    # with what
     parser.add_argument(
         "--pretrained_model_name_or_path", default="CompVis/stable-diffusion-v1-4", help="the base model"
     )
     parser.add_argument("--unet_weight", default="", help="the LoRA; empty for the base model alone")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA")
-    parser.add_argument("--prompts", default="validation_prompts_500.json", help="JSON array of strings")
-    parser.add_argument("--folder", default="dump", help="where the pictures go")
+    parser.add_argument(
+        "--safety_checker", action="store_true",
+        help="blacken what the model's own safety checker flags, and say so in meta.json; off by default: the original's "
+        "silently saved black pictures",
+    )  # fmt: skip
+    # how
     parser.add_argument("--negative_prompt", default="Weird image. ", help='steer away from this; "" for none')
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="pndm", help="default: pndm, as in the paper")
     parser.add_argument("--height", type=int, help="pixels (default: what the model was trained for)")
     parser.add_argument("--width", type=int, help="pixels (default: what the model was trained for)")
-    parser.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of seed + i")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG")
-    parser.add_argument("--batch_size", type=int, default=8)
+    # the files
+    parser.add_argument("--format", choices=FORMATS, default="jpg", help="default: jpg")
+    parser.add_argument("--quality", type=int, default=90, help="of jpg and webp, 1 to 100")
+    parser.add_argument("--no_metadata", action="store_true", help="leave the recipe out of the pictures")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures made with other options")
+    # speed
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures at once; halved when memory runs out")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 on the CPU")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder made with other options")
     ranks.add_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(args):
     rank, world_size = ranks.rank_and_world_size(args)
-    prompts = read_prompts(args.prompts)
+    check_options(args)
+    pictures = plan(args, prompts.read(args.prompts))
     folder = Path(args.folder)
 
     # See what is there, and refuse to mix it with pictures of another recipe.
-    begin_folder(args, prompts, folder)
-    todo = [i for i in range(rank, len(prompts), world_size) if not (folder / f"{i}.jpg").exists()]
+    record = begin_folder(args, pictures, folder)
+    todo = missing(pictures[rank::world_size], folder)
 
     # Generate the missing pictures of this rank.
     if todo:
         pipe = load_pipeline(args)
-        bar = tqdm(total=len(todo), desc=folder.name, unit="image", disable=rank > 0)
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start : start + args.batch_size]
-            images = generate(pipe, [prompts[i] for i in batch], [args.seed + i for i in batch], args)
-            for i, image in zip(batch, images, strict=True):
-                encoded = io.BytesIO()
-                image.save(encoded, "JPEG", quality=args.quality)
-                write_whole(folder / f"{i}.jpg", encoded.getvalue())
-            bar.update(len(batch))
-        bar.close()
+        if rank == 0:
+            warn_of_long_prompts(pipe.tokenizer, pictures)
+        generate_files(args, pipe, todo, folder)
 
     # The rank that finds every picture there finishes the folder.
-    if all((folder / f"{i}.jpg").exists() for i in range(len(prompts))):
-        rows = [{"file_name": f"{i}.jpg", "caption": p, "seed": args.seed + i} for i, p in enumerate(prompts)]
-        write_whole(folder / "meta.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-        if rank == 0:
-            print(f"{len(prompts)} pictures in {folder} ({len(todo)} of them made now by this process)")
+    if others := missing(pictures, folder):
+        print(f"{folder}: {len(others)} of {len(pictures)} pictures are still to be made by other processes")
+        return
+    finish_folder(args, pictures, folder, record)
+    if rank == 0:
+        print(f"{len(pictures)} pictures in {folder} ({len(todo)} of them made now by this process)")
 
 
-def read_prompts(path: str) -> list[str]:
-    """Return the prompts of a JSON array of strings."""
-    prompts = read_array(path)
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise UserError(f"{path}: element {i}: expected a string, found {prompt!r}")
-    if not prompts:
-        raise UserError(f"{path}: no prompts in it")
-    return prompts
+# --- the folder ---
 
 
-def begin_folder(args, prompts: list[str], folder: Path):
-    """Record the recipe, or go on with pictures of the same; `--overwrite` removes those of another."""
-    free = ("batch_size", "device", "folder", "overwrite", "rank", "world_size", "prompts")
+def check_options(args):
+    """Raise UserError for a number that makes no sense, before anything is loaded or written."""
+    for name in ("images_per_prompt", "num_inference_steps", "batch_size", "height", "width"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: should be at least 1")
+    if not 1 <= args.quality <= 100:
+        raise UserError(f"--quality {args.quality}: should be 1 to 100")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: should be 0 to 2**63 - 1")
+
+
+def plan(args, texts: list[str]) -> list[Picture]:
+    """Return the pictures of all prompts, in the order of their numbers."""
+    repeated = [text for text in texts for _ in range(args.images_per_prompt)]
+    return [Picture(f"{k}.{args.format}", text, args.seed + k) for k, text in enumerate(repeated)]
+
+
+def begin_folder(args, pictures: list[Picture], folder: Path) -> dict:
+    """Record the recipe, or go on with pictures of the same; `--overwrite` removes those of another. Return the record."""
+    free = ("batch_size", "device", "folder", "overwrite", "rank", "world_size", "compile", "prompts")
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    settings["prompts"] = prompts
+    settings["precision"] = precision(args)
+    digest = hashlib.sha256(json.dumps([picture.prompt for picture in pictures]).encode()).hexdigest()
+    settings["prompts"] = f"{len(pictures) // args.images_per_prompt}, SHA-256 {digest[:16]}"
     if args.unet_weight:
-        from utils import lora
-
-        file = next(
-            (Path(args.unet_weight) / n for n in lora.FILE_NAMES if (Path(args.unet_weight) / n).is_file()), None
-        )
-        settings["unet_weight"] = runs.sha256(file or args.unet_weight)
+        settings["unet_weight"] = runs.sha256(lora_file(args.unet_weight))
     folder.mkdir(parents=True, exist_ok=True)
-    old = [*folder.glob("*.jpg"), *folder.glob("meta.json")]
-    if args.overwrite:
-        for path in old:
-            path.unlink(missing_ok=True)
-    # Without a picture there is nothing to mix with, such as after a mistyped option.
-    runs.begin(folder / "run.json", settings, overwrite=args.overwrite or not old)
+    # Listed before the record is read: what another rank draws under a new record is not among them.
+    old = [path for path in folder.iterdir() if path.stem.isdigit() and path.suffix[1:] in FORMATS]
+    record = folder / "run.json"
+    if record.exists() or not old:
+        try:
+            # Without a picture there is nothing to mix with, such as after a mistyped option.
+            return runs.begin(record, settings, overwrite=not old)
+        except UserError:
+            if not args.overwrite:
+                raise
+    elif not args.overwrite:
+        raise UserError(
+            f"{folder}: holds pictures, but no run.json that says how they were made; use --overwrite or another place"
+        )
+    for path in [*old, folder / "meta.json"]:
+        path.unlink(missing_ok=True)
+    return runs.begin(record, settings, overwrite=True)
+
+
+def missing(pictures: list[Picture], folder: Path) -> list[Picture]:
+    """Return the pictures that are not in the folder."""
+    there = set(os.listdir(folder))
+    return [picture for picture in pictures if picture.name not in there]
+
+
+def finish_folder(args, pictures: list[Picture], folder: Path, record: dict):
+    """Write meta.json, and remove what killed processes left."""
+    rows = [{"file_name": name, "caption": prompt, "seed": seed} for name, prompt, seed in pictures]
+    if args.safety_checker:
+        flag(rows, folder)
+    write_whole(folder / "meta.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    remove_leftovers(folder)
+    if "finished" not in record:
+        runs.finish(folder / "run.json", record, pictures=len(pictures))
+
+
+def remove_leftovers(folder: Path):
+    """Remove the unfinished files of this machine's dead processes, and of any machine's after an hour."""
+    for path in folder.glob(".*.tmp"):  # .NAME.MACHINE.PROCESS.tmp, see write_whole
+        owner, _, process = path.name.removesuffix(".tmp").rpartition(".")
+        here = owner.endswith(f".{os.uname().nodename}") and process.isdigit()
+        with contextlib.suppress(FileNotFoundError):
+            if (here and not Path(f"/proc/{process}").exists()) or time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
+
+
+def flag(rows: list[dict], folder: Path):
+    """Mark the black pictures in the rows; that a picture is black is all that a killed run leaves of the checker's word."""
+    from PIL import Image
+
+    for row in rows:
+        with Image.open(folder / row["file_name"]) as image:
+            row["flagged"] = all(high == 0 for _, high in image.convert("RGB").getextrema())
+    flagged = [row["file_name"] for row in rows if row["flagged"]]
+    print(f"safety checker: {len(flagged)} of {len(rows)} pictures are black {', '.join(flagged[:5])}".rstrip())
+
+
+# --- the model ---
 
 
 def load_pipeline(args):
-    """Return the pipeline with the LoRA merged into its UNet. Nothing in it judges the pictures: no safety checker."""
+    """Return the pipeline with the LoRA fused into its UNet, which is then as fast as without one."""
+    import diffusers
     import torch
-    from diffusers import StableDiffusionPipeline
 
     from utils import lora
 
-    device = ranks.device(args.device)
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes[args.precision or ("fp32" if device.type == "cpu" else "fp16")]
+    kept = {} if args.safety_checker else {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, dtype=dtype, safety_checker=None, requires_safety_checker=False
+        # In fp32: a LoRA is smaller than the last digits of half-precision weights, so it is added before they are rounded.
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, dtype=torch.float32, **kept
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {reason}") from None
+    if args.safety_checker and pipe.safety_checker is None:
+        raise UserError(f"--safety_checker: {args.pretrained_model_name_or_path} has none")
+    for name in ("height", "width"):
+        if (getattr(args, name) or 0) % pipe.vae_scale_factor:
+            raise UserError(f"--{name} {getattr(args, name)}: should be a multiple of {pipe.vae_scale_factor}")
+    scheduler, options, _ = SCHEDULERS[args.scheduler]
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
+    if args.num_inference_steps > pipe.scheduler.config.num_train_timesteps:
+        raise UserError(
+            f"--num_inference_steps {args.num_inference_steps}: the model has {pipe.scheduler.config.num_train_timesteps}"
+        )
     if args.unet_weight:
-        lora.attach(pipe.unet, lora.read(args.unet_weight))
-        pipe.unet.fuse_lora(lora_scale=args.lora_scale)
-        pipe.unet.unload_lora()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+        lora.fuse(pipe.unet, lora.read(args.unet_weight), args.lora_scale)
+    return place(pipe, args)
 
 
-def generate(pipe, prompts: list[str], seeds: list[int], args) -> list:
-    """Generate one picture a prompt, each from its own seed's noise (drawn on the CPU, the same on every device)."""
+def place(pipe, args):
+    """Move the pipeline to the device, in the precision and memory layout it is fastest in, and compile it if asked to."""
     import torch
+
+    device = ranks.device(args.device)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision(args)]
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns of nothing here
+    # Convolutions want the channels last, on GPUs' tensor cores and on CPUs.
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest kernel is worth looking for
+    if args.compile:
+        pipe.unet.compile(fullgraph=True, dynamic=False)
+    return pipe
+
+
+def precision(args) -> str:
+    return args.precision or ("fp32" if ranks.device(args.device).type == "cpu" else "fp16")
+
+
+def lora_file(unet_weight: str) -> Path:
+    """Return the file that --unet_weight names, itself or by its folder."""
+    from utils import lora
+
+    return next((file for name in lora.FILE_NAMES if (file := Path(unet_weight) / name).is_file()), Path(unet_weight))
+
+
+def warn_of_long_prompts(tokenizer, pictures: list[Picture]):
+    """Count and report the prompts of which the text encoder reads the beginning only."""
+    texts = list(dict.fromkeys(picture.prompt for picture in pictures))
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+    long = [text for text, length in zip(texts, lengths, strict=True) if length > tokenizer.model_max_length]
+    if long:
+        print(
+            f"warning: {len(long)} of {len(texts)} prompts are longer than the {tokenizer.model_max_length} tokens that "
+            f"the text encoder reads, and are cut off there, such as {long[0][:60]!r}"
+        )
+
+
+# --- the pictures ---
+
+
+def generate_files(args, pipe, pictures: list[Picture], folder: Path):
+    """Draw the pictures and write them to the folder, in batches that are halved when memory runs out."""
+    from accelerate.utils import find_executable_batch_size
+
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    bar = tqdm(total=len(pictures), desc=folder.name, unit="image", disable=local_rank > 0)
+    size = args.batch_size
+
+    def halve() -> int:
+        nonlocal size
+        size //= 2
+        if not size:
+            raise UserError("not enough memory to draw a single picture")
+        tqdm.write(f"warning: memory ran out; going on with {size} pictures at once")
+        return size
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
+    def run(batch_size: int):
+        left = missing(pictures, folder)
+        bar.update(len(pictures) - len(left) - bar.n)
+        generate_batches(args, pipe, left, batch_size, folder, bar)
+
+    with bar:
+        run()
+
+
+def generate_batches(args, pipe, pictures: list[Picture], batch_size: int, folder: Path, bar):
+    """Draw batch after batch; threads encode and write a batch while the next one is drawn."""
+    from utils import sampling
+
+    negative_embeds = sampling.encode(pipe, [args.negative_prompt])
+    describe = recipe_writer(args, pipe)
+    writing = []
+
+    def written():
+        for future in writing:
+            future.result()
+        bar.update(len(writing))
+        writing.clear()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(pictures), batch_size):
+            batch = pictures[start : start + batch_size]
+            # A compiled UNet knows one batch size: the last batch is filled up, and the surplus dropped.
+            filled = batch + batch[-1:] * (batch_size - len(batch)) if args.compile else batch
+            texts, seeds = [picture.prompt for picture in filled], [picture.seed for picture in filled]
+            pixels, ready = fetch(draw(pipe, texts, seeds, args, negative_embeds))
+            written()
+            writing += [
+                pool.submit(write_picture, folder / picture.name, array, ready, describe(picture), args)
+                for picture, array in zip(batch, pixels.numpy(), strict=False)
+            ]
+        written()
+
+
+def draw(pipe, texts: list[str], seeds: list[int], args, negative_embeds=None):
+    """Return one picture a prompt, each from its own seed's noise: uint8 (n, height, width, 3), on the pipeline's device."""
+    from utils import sampling
 
     height = args.height or pipe.unet.config.sample_size * pipe.vae_scale_factor
     width = args.width or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    return pipe(
-        prompts,
-        negative_prompt=[args.negative_prompt] * len(prompts),
-        latents=noise.to(pipe.device, pipe.dtype),
-        height=height,
-        width=width,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-    ).images
+    if negative_embeds is None:
+        negative_embeds = sampling.encode(pipe, [args.negative_prompt])
+    latents = sampling.sample(
+        pipe, sampling.noise(pipe, seeds, height, width), sampling.encode(pipe, texts), negative_embeds,
+        args.num_inference_steps, args.guidance_scale,
+    )  # fmt: skip
+    pixels = sampling.decode(pipe, latents)
+    if pipe.safety_checker is not None:
+        from PIL import Image
+
+        seen = pipe.feature_extractor([Image.fromarray(array) for array in pixels.cpu().numpy()], return_tensors="pt")
+        # It blackens in place what it flags.
+        pipe.safety_checker(clip_input=seen.pixel_values.to(pipe.device, pipe.dtype), images=pixels)
+    return pixels
+
+
+def generate(pipe, texts: list[str], seeds: list[int], args) -> list:
+    """Return the pictures that `draw` draws as PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(array) for array in draw(pipe, texts, seeds, args).cpu().numpy()]
+
+
+def fetch(pixels):
+    """Start copying a tensor to the CPU; return the copy, and a function that waits until it is there."""
+    import torch
+
+    copy = pixels.to("cpu", non_blocking=True)
+    if pixels.device.type != "cuda":
+        return copy, lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event.synchronize
+
+
+def write_picture(path: Path, array, ready, text: str | None, args):
+    """Encode a picture with its recipe and write it."""
+    from PIL import Image
+
+    ready()
+    kind, encoded = FORMATS[args.format], io.BytesIO()
+    options = recipe.save_options(text, kind) if text else {}
+    Image.fromarray(array).save(encoded, kind, quality=args.quality, **options)
+    write_whole(path, encoded.getvalue())
+
+
+def recipe_writer(args, pipe):
+    """Return a function from a picture to its recipe, or to None with --no_metadata."""
+    if args.no_metadata:
+        return lambda picture: None
+    height = args.height or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    width = args.width or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    fields = {
+        "Steps": args.num_inference_steps,
+        "Sampler": SCHEDULERS[args.scheduler][2],
+        "CFG scale": args.guidance_scale,
+        "Seed": None,
+        "Size": f"{width}x{height}",
+        "Model": Path(args.pretrained_model_name_or_path).name,
+        "RNG": "CPU",
+    }
+    if args.unet_weight:
+        file = lora_file(args.unet_weight)
+        fields["Lora hashes"] = f"{file.stem}: {recipe.lora_hash(file)}"
+        fields["LoRA scale"] = args.lora_scale
+    return lambda picture: recipe.text(picture.prompt, args.negative_prompt, {**fields, "Seed": picture.seed})
 
 
 if __name__ == "__main__":
