@@ -1,222 +1,289 @@
 """Fine-tune CLIP on human choices into the Human Preference Classifier (HPC).
 
+    bash scripts/train_hpc.sh                                           # the paper's recipe, on all GPUs of this machine
     python train_hpc.py --dataset_folder dataset --output hpc.pth
     accelerate launch train_hpc.py --dataset_folder dataset --output hpc.pth
 
 Reads   DATASET_FOLDER/preference_{train,test}.json and preference_images/ (the released format; "Human preference dataset"
         in the README)
-Writes  OUTPUT: {"state_dict": OpenAI CLIP's names, "model", "options", "test_accuracy"}, which every scoring stage reads,
-        OUTPUT.run.json, OUTPUT.errors.jsonl (dropped prompts) and, while it runs, OUTPUT.checkpoint (a rerun goes on there)
+Writes  OUTPUT: {"state_dict": OpenAI CLIP's names, "model", "resize", "options", "test_accuracy", ...}, which every scoring
+        stage reads; STEM.best.pth, the same of the step that did best on the test split, if that was measured more than
+        once (it was chosen on that split, so what is measured there flatters it); OUTPUT.run.json, OUTPUT.errors.jsonl
+        (dropped prompts), OUTPUT.logs/ (trackers) and, while it runs, OUTPUT.checkpoint (a rerun goes on there)
 
 People saw the n images of one prompt and chose one. The classifier's probability for image i is a softmax within the
-prompt (paper, section 4), and the loss is its cross-entropy with the choice:
+prompt (paper, section 4), and the loss is its cross-entropy with the choice, averaged over the prompts of a step:
 
     p_i = exp(s * cos(image_i, prompt)) / sum_j exp(s * cos(image_j, prompt))        loss = -log p_chosen
+
+The last blocks of both towers train, and what comes after them: final norms, projections and the logit scale s. Nothing is
+augmented, as in the release. A step's prompts are dealt out to the processes, so how many there are does not change the
+result beyond rounding.
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils import hps, runs
+from utils import hps, preferences, runs
 from utils.errors import UserError, one_line_errors
-from utils.images import open_image
-from utils.jsonl import check, dumps, read_array, write_whole
+from utils.jsonl import dumps, write_whole
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_folder", default="dataset")
-    parser.add_argument("--output", default="hpc.pth")
+    parser.add_argument("--dataset_folder", default="dataset", help="default: dataset")
+    parser.add_argument("--output", default="hpc.pth", help="default: hpc.pth")
     # Model.
     parser.add_argument("--model", default="ViT-L-14-quickgelu", help="open_clip name, or path of a JSON config")
     parser.add_argument("--pretrained", default="openai", help="open_clip tag, or path of the weights")
-    parser.add_argument("--unlocked_image_layers", type=int, default=10, help="last image blocks that train")
-    parser.add_argument("--unlocked_text_layers", type=int, default=6, help="last text blocks that train")
+    parser.add_argument("--unlocked_image_layers", type=int, default=10, help="last image blocks that train (10)")
+    parser.add_argument("--unlocked_text_layers", type=int, default=6, help="last text blocks that train (6)")
+    parser.add_argument(
+        "--resize", choices=hps.RESIZES, default="crop",
+        help="crop: CLIP's own, as released; pad: longest side, zero-padded, as the paper says; kept in the checkpoint",
+    )  # fmt: skip
     # Optimisation: the paper's recipe.
     parser.add_argument("--learning_rate", type=float, default=1.7e-5)
     parser.add_argument("--weight_decay", type=float, default=3.1e-3, help="of matrices; none on norms and biases")
-    parser.add_argument("--batch_size", type=int, default=5, help="prompts a step and process")
+    parser.add_argument("--batch_size", type=int, default=5, help="prompts a step, over all processes (5)")
     parser.add_argument("--num_train_epochs", type=int, default=1)
     parser.add_argument("--warmup_steps", type=int, default=0)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: accelerate's configuration")
     parser.add_argument("--seed", type=int, default=42)
+    # Memory: the same result, beyond rounding.
+    parser.add_argument(
+        "--micro_batch_size", type=int, help="prompts that a process takes at once, summing gradients up (default: all)"
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     # Machinery.
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images")
+    parser.add_argument("--eval_steps", type=int, help="steps between tests; every epoch ends with one anyway")
     parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--logging_steps", type=int, default=10)
+    parser.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images, a process")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
     parser.add_argument("--overwrite", action="store_true", help="start anew over output made with other options")
     return parser.parse_args(argv)
 
 
 def main(args):
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.cpu)
-    main_process, started = accelerator.is_main_process, time.time()
+    accelerator, started = make_accelerator(args), time.time()
 
     # Read the choices; prompts whose pictures are not all there are dropped and logged.
     errors = []
-    train_rows = read_choices(Path(args.dataset_folder), "train", errors)
-    test_rows = read_choices(Path(args.dataset_folder), "test", errors)
-
-    # Refuse to mix with a half-finished run of other options; a finished one has nothing left to do.
-    record_path = f"{args.output}.run.json"
-    free = ("num_workers", "checkpointing_steps", "cpu", "overwrite")
-    settings = {key: value for key, value in vars(args).items() if key not in free}
-    settings |= {"processes": accelerator.num_processes, "prompts": len(train_rows)}
-    record, checkpoint_path = None, Path(f"{args.output}.checkpoint")
-    if main_process:
-        old = [path for path in (Path(args.output), checkpoint_path) if path.exists()]
-        if args.overwrite:
-            for path in old:
-                path.unlink()
-        # Without a checkpoint there is nothing to mix with, such as after a mistyped option.
-        record = runs.begin(record_path, settings, overwrite=args.overwrite or not old)
-        write_whole(f"{args.output}.errors.jsonl", "".join(map(dumps, errors)))
-    accelerator.wait_for_everyone()
+    train_choices = read_choices(args, "train", errors, accelerator)
+    test_choices = read_choices(args, "test", errors, accelerator)
+    record, checkpoint_path = begin_run(args, accelerator, len(train_choices), errors)
     if Path(args.output).exists():
         accelerator.print(f"{args.output} is finished; nothing to do")
         return
 
     # Load CLIP and unlock its upper blocks. Frozen blocks see no gradient, so autograd keeps nothing of them.
-    scorer = hps.load(model=args.model, pretrained=args.pretrained, device=accelerator.device)
+    scorer = hps.load(model=args.model, pretrained=args.pretrained, device=accelerator.device, resize=args.resize)
     unlock(scorer.model, args.unlocked_image_layers, args.unlocked_text_layers)
+    if args.gradient_checkpointing:
+        scorer.model.set_grad_checkpointing()
     optimizer = make_optimizer(scorer.model, args)
-    per_step = args.batch_size * accelerator.num_processes
-    steps = args.num_train_epochs * math.ceil(len(train_rows) / per_step)
-    step = load_checkpoint(checkpoint_path, scorer.model, optimizer)
+    step, best = load_checkpoint(checkpoint_path, scorer.model, optimizer, accelerator)
     model, optimizer = accelerator.prepare(scorer.model, optimizer)
+    batches = PromptBatches(train_choices, scorer, args, accelerator, first_step=step)
+    steps, tests = batches.steps, test_steps(args, batches)
+    loader = DataLoader(
+        batches, batch_size=None, num_workers=args.num_workers, pin_memory=accelerator.device.type == "cuda"
+    )
+    if args.report_to != "none":
+        accelerator.init_trackers("train_hpc", config={k: v for k, v in vars(args).items() if v is not None})
+    bar = tqdm(total=steps, initial=step, desc="train_hpc", unit="step", disable=not accelerator.is_local_main_process)
+    window = Window(accelerator)
 
     # Train.
-    batches = PromptBatches(train_rows, scorer, args, accelerator, first_step=step)
-    bar = tqdm(total=steps, initial=step, desc="train_hpc", unit="step", disable=not main_process)
-    for pixels, tokens, counts, chosen, prompts_in_step in DataLoader(
-        batches, batch_size=None, num_workers=args.num_workers, pin_memory=accelerator.device.type == "cuda"
-    ):
+    for pixels, tokens, counts, chosen, weight, last in loader:
+        # The gradients are summed up over the micro-batches, and over the processes once a step, with the last one.
+        with nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                image_features, text_features, scale = model(
+                    pixels.to(accelerator.device, non_blocking=True), tokens.to(accelerator.device, non_blocking=True)
+                )
+            # Cross-entropy of the choice with the softmax over the images of its prompt, prompt by prompt.
+            logits = [
+                scale * images.float() @ text.float()
+                for images, text in zip(image_features.split(counts), text_features, strict=True)
+            ]
+            losses = [-F.log_softmax(x, dim=0)[choice] for x, choice in zip(logits, chosen, strict=True)]
+            accelerator.backward(torch.stack(losses).sum() * weight)
+        if weight:
+            window.add(losses, logits, chosen)
+        if not last:
+            continue
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, steps, args.warmup_steps)
-        with accelerator.autocast():
-            image_features, text_features, scale = model(
-                pixels.to(accelerator.device, non_blocking=True), tokens.to(accelerator.device, non_blocking=True)
-            )
-        # Cross-entropy of the choice with the softmax over the images of its prompt, prompt by prompt.
-        losses = [
-            -F.log_softmax(scale * images.float() @ text.float(), dim=0)[choice]
-            for images, text, choice in zip(image_features.split(counts), text_features, chosen, strict=True)
-        ]
-        # The mean over the step's prompts of all processes: DDP averages over processes, hence their number.
-        loss = torch.stack(losses).sum() * accelerator.num_processes / prompts_in_step
-        accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         scorer.model.logit_scale.data.clamp_(0, math.log(100))  # as CLIP
         step += 1
-        bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+
         bar.update()
-        if main_process and step % args.checkpointing_steps == 0 and step < steps:
-            state = {"step": step, "model": scorer.model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_whole(state, checkpoint_path)
+        if step % args.logging_steps == 0 or step in tests:
+            logs = window.means() | {"lr": optimizer.param_groups[0]["lr"]}
+            accelerator.log(logs, step=step)
+            shown = {key: f"{logs[key]:.{digits}f}" for key, digits in (("loss", 3), ("images_per_second", 0))}
+            bar.set_postfix(shown | {"lr": f"{logs['lr']:.1e}"}, refresh=False)
+        if step in tests:
+            tested = test(scorer, test_choices, args, accelerator)
+            accelerator.log(tested, step=step)
+            if len(tests) > 1 and tested["test_accuracy"] > best:
+                best = tested["test_accuracy"]
+                save_classifier(best_path(args), scorer, args, accelerator, step, tested)
+            window.restart()
+        if step % args.checkpointing_steps == 0 and step < steps:
+            save_checkpoint(checkpoint_path, step, best, scorer.model, optimizer, accelerator)
     bar.close()
 
-    # Measure, then write the classifier whole.
-    top1, pairwise = accuracy(scorer, test_rows, args, accelerator)
-    if main_process:
-        hpc = {"state_dict": scorer.model.state_dict(), "model": scorer.config, "resize": scorer.resize}
-        hpc |= {"options": vars(args), "test_accuracy": top1}
-        save_whole(hpc, Path(args.output))
+    # Write the record, then the classifier: once that is there, the run is finished.
+    if accelerator.is_main_process:
+        counts = {
+            "train_prompts": len(train_choices),
+            "test_prompts": len(test_choices),
+            "dropped_prompts": len(errors),
+        }
+        results = {**tested, **({"best_test_accuracy": best} if len(tests) > 1 else {}), "steps": steps}
+        runs.finish(f"{args.output}.run.json", record, **results, **counts, seconds=round(time.time() - started, 1))
+        save_classifier(Path(args.output), scorer, args, accelerator, steps, tested)
         checkpoint_path.unlink(missing_ok=True)
-        results = {"test_accuracy": top1, "test_pairwise_accuracy": pairwise, "seconds": time.time() - started}
-        counts = {"train_prompts": len(train_rows), "test_prompts": len(test_rows), "dropped_prompts": len(errors)}
-        runs.finish(record_path, record, **results, **counts)
-        print(f"test accuracy: {top1:.4f} (pairwise {pairwise:.4f}) on {len(test_rows)} prompts; dropped {len(errors)}")
+        print(
+            "test accuracy: {test_accuracy:.4f} (pairwise {test_pairwise_accuracy:.4f})".format(**tested)
+            + f" on {len(test_choices)} prompts; dropped {len(errors)}"
+            + (f", see {args.output}.errors.jsonl" if errors else "")
+            + (f"; best of {len(tests)} tests: {best:.4f}, {best_path(args)}" if len(tests) > 1 else "")
+        )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
-def read_choices(folder: Path, split: str, errors: list[dict]) -> list[dict]:
-    """Return the usable rows of preference_{split}.json: `prompt`, `images` (paths), `chosen` (index into them)."""
-    path = folder / f"preference_{split}.json"
-    rows = []
-    for i, row in enumerate(read_array(path)):
-        check(row, {"human_preference": int, "prompt": str, "file_path": list}, f"{path}: element {i}")
-        names, chosen = row["file_path"], row["human_preference"]
-        if not 0 <= chosen < len(names):
-            raise UserError(f"{path}: element {i}: human_preference {chosen} is no index of its {len(names)} images")
-        images = []
-        for name in names:
-            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"{path}: element {i}: the path {name!r} leaves the data set's folder")
-            images.append(folder / "preference_images" / name)
-            if not images[-1].is_file():
-                images[-1] = folder / name
-        rows.append({"item": f"{path.name}: element {i}", "prompt": row["prompt"], "images": images, "chosen": chosen})
+# --- data ---
 
+
+def read_choices(args, split: str, errors: list[dict], accelerator) -> list[preferences.Choice]:
+    """Return the usable choices of a split; those left out are added to `errors`, on every process alike."""
+    path = Path(args.dataset_folder) / f"preference_{split}.json"
+    choices = preferences.read(path, errors)
     # Decode every picture once: one that is broken is found now, not in the middle of an epoch.
+    mine = range(accelerator.process_index, len(choices), accelerator.num_processes)
     with ThreadPoolExecutor() as pool:
-        reasons = list(tqdm(pool.map(why_unusable, rows), total=len(rows), desc=f"check {split}", unit="prompt"))
-    errors += [{"item": row["item"], "stage": "read", "reason": r} for row, r in zip(rows, reasons, strict=True) if r]
-    rows = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    if not rows:
-        raise UserError(f"{path}: no usable prompts in it")
-    return rows
-
-
-def why_unusable(row: dict) -> str | None:
-    """Return why no choice can be learned from these pictures, or None."""
-    if len(row["images"]) < 2:
-        return "a choice needs two images"
-    for image in row["images"]:
-        try:
-            open_image(image)
-        except ValueError as error:
-            return f"{image.name}: {error}"
-    return None
+        found = pool.map(lambda i: (i, preferences.why_unusable(choices[i])), mine)
+        bar = tqdm(
+            found, total=len(mine), desc=f"check {split}", unit="prompt", disable=not accelerator.is_local_main_process
+        )
+        reasons = dict(gather_object([(i, reason) for i, reason in bar if reason]))
+    errors += [{"item": choices[i].where, "stage": "read", "reason": reasons[i]} for i in sorted(reasons)]
+    choices = [choice for i, choice in enumerate(choices) if i not in reasons]
+    if not choices:
+        raise UserError(f"{path}: no usable prompts in it; the first one: {errors[0]['item']}: {errors[0]['reason']}")
+    return choices
 
 
 class PromptBatches(Dataset):
-    """The batches of this process from `first_step` on; each is (pixels, tokens, images a prompt, choices, prompts of all).
+    """The micro-batches of this process from `first_step` on.
 
-    The order of the prompts comes from (seed, epoch), so it is the same after a restart and for any number of workers.
+    Each is (pixels of all images, tokens, images a prompt, choices, weight of each prompt's loss, whether it is its step's
+    last). The order of the prompts comes from (seed, epoch), so it is the same after a restart and for any number of
+    workers; the prompts of a step, fewer in an epoch's last one, are dealt out to the processes.
     """
 
-    def __init__(self, rows, scorer, args, accelerator, first_step=0):
-        self.rows, self.preprocess, self.tokenizer, self.args = rows, scorer.preprocess, scorer.tokenizer, args
-        self.rank, self.processes, self.first_step = accelerator.process_index, accelerator.num_processes, first_step
-        self.per_step = args.batch_size * self.processes
-        # Every process needs a prompt in the last step too: the remainder is dealt round.
-        self.per_epoch = math.ceil(len(rows) / self.per_step)
+    def __init__(self, choices, scorer, args, accelerator, first_step=0):
+        self.choices, self.preprocess, self.tokenizer, self.args = choices, scorer.preprocess, scorer.tokenizer, args
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+        self.steps_per_epoch = math.ceil(len(choices) / args.batch_size)
+        self.steps = args.num_train_epochs * self.steps_per_epoch
+        self.plan = []  # (step, the micro-batch's place in it, how many there are)
+        for step in range(first_step, self.steps):
+            epoch_step = step % self.steps_per_epoch
+            prompts = min(args.batch_size, len(choices) - epoch_step * args.batch_size)
+            mine = len(range(self.rank, prompts, self.processes))
+            parts = max(1, math.ceil(mine / (args.micro_batch_size or args.batch_size)))
+            self.plan += [(step, part, parts) for part in range(parts)]
 
     def __len__(self):
-        return self.args.num_train_epochs * self.per_epoch - self.first_step
+        return len(self.plan)
 
     def __getitem__(self, index):
-        epoch, position = divmod(index + self.first_step, self.per_epoch)
-        order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self.rows))
-        whole = order[position * self.per_step : (position + 1) * self.per_step]
-        if len(whole) < self.processes:
-            whole = np.concatenate([whole, order])[: self.processes]
-        return *self.load([self.rows[i] for i in whole[self.rank :: self.processes]]), len(whole)
+        step, part, parts = self.plan[index]
+        epoch, epoch_step = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self.choices))
+        whole = order[epoch_step * self.args.batch_size :][: self.args.batch_size]
+        mine = whole[self.rank :: self.processes][part::parts]
+        # The mean over the step's prompts. DDP averages over the processes, hence their number. One that has no prompt in
+        # this step takes part with another's, which counts for nothing.
+        weight = self.processes / len(whole) if len(mine) else 0.0
+        rows = [self.choices[i] for i in (mine if len(mine) else whole[:1])]
+        pixels = torch.stack([self.preprocess(preferences.open_choice(image)) for row in rows for image in row.images])
+        tokens = self.tokenizer([row.prompt for row in rows])
+        return (
+            pixels,
+            tokens,
+            [len(row.images) for row in rows],
+            [row.chosen for row in rows],
+            weight,
+            part == parts - 1,
+        )
 
-    def load(self, rows):
-        pixels = torch.stack([self.preprocess(open_image(path)) for row in rows for path in row["images"]])
-        tokens = self.tokenizer([row["prompt"] for row in rows])
-        return pixels, tokens, [len(row["images"]) for row in rows], [row["chosen"] for row in rows]
+
+# --- model and optimisation ---
+
+
+def make_accelerator(args) -> Accelerator:
+    """Return accelerate's Accelerator; UserError for options that cannot be."""
+    for name, least in (
+        ("batch_size", 1), ("micro_batch_size", 1), ("num_train_epochs", 1), ("eval_steps", 1), ("checkpointing_steps", 1),
+        ("logging_steps", 1), ("num_workers", 0), ("warmup_steps", 0), ("unlocked_image_layers", 0), ("unlocked_text_layers", 0),
+    ):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name} should be {least} or more, not {getattr(args, name)}")
+    if args.report_to not in ("tensorboard", "wandb", "all", "none"):
+        raise UserError(f"--report_to should be tensorboard, wandb, all or none, not {args.report_to}")
+    if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
+        raise UserError(
+            f"--report_to {args.report_to}: not installed (pip install {args.report_to}, or --report_to none)"
+        )
+    log_with = None if args.report_to == "none" else args.report_to
+    try:
+        return Accelerator(
+            mixed_precision=args.mixed_precision, cpu=args.cpu, log_with=log_with, project_dir=f"{args.output}.logs"
+        )
+    except ValueError as error:  # fp16 on a CPU, bf16 on a GPU that has none
+        raise UserError(f"--mixed_precision: {error}") from None
 
 
 def unlock(model, image_layers: int, text_layers: int):
     """Let only the last blocks train, and what comes after them: final norms, projections and the logit scale."""
+    if not hasattr(model.visual, "ln_post") or not hasattr(model, "transformer"):
+        raise UserError("--model: only CLIP with a vision transformer can be trained here")
     model.requires_grad_(False)
-    trained = [*model.visual.transformer.resblocks[-image_layers:]] if image_layers else []
-    trained += [*model.transformer.resblocks[-text_layers:]] if text_layers else []
+    trained = []
+    for tower, option, count in (
+        (model.visual, "--unlocked_image_layers", image_layers),
+        (model, "--unlocked_text_layers", text_layers),
+    ):
+        blocks = list(tower.transformer.resblocks)
+        if count > len(blocks):
+            raise UserError(f"{option} {count}: the model has only {len(blocks)} blocks there")
+        trained += blocks[len(blocks) - count :]
     for module in (*trained, model.visual.ln_post, model.ln_final):
         module.requires_grad_(True)
     for parameter in (model.visual.proj, model.text_projection, model.logit_scale):
@@ -240,37 +307,135 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def load_checkpoint(path: Path, model, optimizer) -> int:
-    """Restore a killed run; return its step, 0 if there is none."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+# --- measuring ---
+
+
+def test_steps(args, batches: PromptBatches) -> set[int]:
+    """Return the steps after which the test split is measured: every --eval_steps, and the end of every epoch."""
+    every = [args.eval_steps] if args.eval_steps else []
+    return {step for k in (batches.steps_per_epoch, *every) for step in range(k, batches.steps + 1, k)}
+
+
+def test(scorer, choices, args, accelerator) -> dict[str, float]:
+    """Return top-1 and pairwise accuracy: how often the chosen image scores highest, and how often above another one.
+
+    Computed in fp32, as the stages that will use the classifier do, whatever the precision of the training.
+    """
+    mine = choices[accelerator.process_index :: accelerator.num_processes]
+    totals = np.zeros(4)
+    for choice, (scores, reason) in zip(
+        mine, preferences.score(mine, scorer, 64, args.num_workers, show=accelerator.is_local_main_process), strict=True
+    ):
+        if reason:
+            raise UserError(f"{choice.where}: {reason}")
+        totals += (*preferences.agreement(scores, choice), 1)
+    totals = accelerator.reduce(torch.tensor(totals, dtype=torch.float32, device=accelerator.device)).tolist()
+    return {"test_accuracy": totals[0] / totals[3], "test_pairwise_accuracy": totals[1] / totals[2]}
+
+
+class Window:
+    """Means since the last log, over the prompts of all processes."""
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.restart()
+
+    def restart(self):
+        self.sums, self.started = torch.zeros(6, device=self.accelerator.device), time.time()
+
+    @torch.no_grad()
+    def add(self, losses: list, logits: list, chosen: list[int]):
+        beaten = torch.stack([(x[choice] > x).sum() for x, choice in zip(logits, chosen, strict=True)])
+        others = torch.tensor([len(x) - 1 for x in logits], device=beaten.device)
+        sums = (torch.stack(losses).sum(), (beaten == others).sum(), beaten.sum(), others.sum())
+        self.sums[:4] += torch.stack([value.float() for value in sums])
+        self.sums[4] += len(logits)
+        self.sums[5] += sum(map(len, logits))
+
+    def means(self) -> dict[str, float]:
+        """Return the means, and begin anew."""
+        loss, first, beaten, pairs, prompts, images = self.accelerator.reduce(self.sums).tolist()
+        seconds = time.time() - self.started
+        self.restart()
+        return {
+            "loss": loss / prompts,
+            "train_accuracy": first / prompts,
+            "train_pairwise_accuracy": beaten / pairs,
+            "images_per_second": images / seconds,
+        }
+
+
+# --- files ---
+
+
+def begin_run(args, accelerator, prompts: int, errors: list[dict]) -> tuple[dict | None, Path]:
+    """Return the run's record, None but on the main process, and the checkpoint's path; refuse output of other options.
+
+    What does not change the result beyond rounding may differ from the run that is gone on with.
+    """
+    free = (
+        "output", "micro_batch_size", "gradient_checkpointing", "checkpointing_steps", "logging_steps", "report_to",
+        "num_workers", "cpu", "overwrite",
+    )  # fmt: skip
+    output, checkpoint = Path(args.output), Path(f"{args.output}.checkpoint")
+    record = None
+    if accelerator.is_main_process:
+        settings = {key: value for key, value in vars(args).items() if key not in free} | {"prompts": prompts}
+        settings["mixed_precision"] = accelerator.mixed_precision
+        output.parent.mkdir(parents=True, exist_ok=True)
+        old = [path for path in (output, best_path(args), checkpoint) if path.exists()]
+        if args.overwrite:
+            for path in old:
+                path.unlink()
+        # Without a checkpoint there is nothing to mix with, such as after a mistyped option.
+        record = runs.begin(f"{output}.run.json", settings, overwrite=args.overwrite or not old)
+        write_whole(f"{output}.errors.jsonl", "".join(map(dumps, errors)))
+        for path in (output, best_path(args), checkpoint):
+            temporary(path).unlink(missing_ok=True)  # of a killed run
+        if output.exists():
+            checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return record, checkpoint
+
+
+def best_path(args) -> Path:
+    return Path(args.output).with_suffix(f".best{Path(args.output).suffix}")
+
+
+def temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def save_whole(state: dict, path: Path):
     """torch.save that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    torch.save(state, temporary(path))
+    os.replace(temporary(path), path)
 
 
-@torch.no_grad()
-def accuracy(scorer, rows, args, accelerator) -> tuple[float, float]:
-    """Return (top-1, pairwise) accuracy: how often the chosen image scores highest, and how often above another one."""
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    first = beaten = pairs = 0
-    for row in tqdm(mine, desc="test", unit="prompt", disable=not accelerator.is_main_process):
-        pixels = torch.stack([scorer.preprocess(open_image(path)) for path in row["images"]])
-        scores = (scorer.encode_images(pixels) @ scorer.encode_prompts([row["prompt"]]).T).squeeze(1)
-        others = torch.cat([scores[: row["chosen"]], scores[row["chosen"] + 1 :]])
-        first += bool((scores[row["chosen"]] > others).all())
-        beaten += int((scores[row["chosen"]] > others).sum())
-        pairs += len(others)
-    totals = accelerator.reduce(torch.tensor([first, beaten, pairs, len(mine)], device=accelerator.device)).tolist()
-    return totals[0] / totals[3], totals[1] / totals[2]
+def save_classifier(path: Path, scorer, args, accelerator, step: int, tested: dict):
+    """Write the released format, and beside the weights what made them and how good they are."""
+    if accelerator.is_main_process:
+        hpc = {"state_dict": scorer.model.state_dict(), "model": scorer.config, "resize": scorer.resize}
+        save_whole(hpc | {"options": vars(args), "step": step, **tested}, path)
+
+
+def save_checkpoint(path: Path, step: int, best: float, model, optimizer, accelerator):
+    if accelerator.is_main_process:
+        state = {"step": step, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_whole(state | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}, path)
+
+
+def load_checkpoint(path: Path, model, optimizer, accelerator) -> tuple[int, float]:
+    """Restore a killed run; return its step and the best test accuracy so far, (0, -1) if there is none."""
+    if not path.exists():
+        return 0, -1.0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    accelerator.print(f"going on after step {state['step']}")
+    return state["step"], state["best"]
 
 
 if __name__ == "__main__":

@@ -19,18 +19,8 @@ from utils.errors import UserError
 from utils.images import open_image
 
 WEIGHTS = str(make_data.MODEL.parent / "clip.safetensors")
-SMALL = [
-    *CLIP,
-    "--pretrained",
-    WEIGHTS,
-    "--unlocked_image_layers",
-    "4",
-    "--unlocked_text_layers",
-    "2",
-    "--num_workers",
-    "0",
-]
-SMALL += ["--learning_rate", "1e-3", "--batch_size", "4", "--cpu", "--mixed_precision", "no"]
+SMALL = [*CLIP, "--pretrained", WEIGHTS, *"--unlocked_image_layers 4 --unlocked_text_layers 2 --num_workers 0".split()]
+SMALL += "--learning_rate 1e-3 --batch_size 4 --cpu --mixed_precision no --report_to none".split()
 
 
 def run(dataset, output, *options) -> dict:
@@ -148,7 +138,7 @@ def test_two_processes_end_where_one_does(dataset, tmp_path):
         "2",
         "train_hpc.py",
     ]
-    command += ["--dataset_folder", str(tmp_path), "--output", str(tmp_path / "two.pth"), *SMALL, "--batch_size", "2"]
+    command += ["--dataset_folder", str(tmp_path), "--output", str(tmp_path / "two.pth"), *SMALL]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
@@ -186,9 +176,11 @@ def test_unusable_prompts_are_dropped_and_logged(dataset, tmp_path):
         write_split(tmp_path, split, rows)
     run(tmp_path, tmp_path / "hpc.pth")
     logged = [json.loads(line) for line in (tmp_path / "hpc.pth.errors.jsonl").read_text().splitlines()]
-    assert [row["item"] for row in logged[:3]] == [f"preference_train.json: element {i}" for i in (1, 2, 3)]
-    assert "no such file" in logged[0]["reason"] and "not a readable picture" in logged[1]["reason"]
-    assert "two images" in logged[2]["reason"] and len(logged) == 6
+    reasons = {row["item"]: row["reason"] for row in logged}
+    for split in ("train", "test"):
+        one, two, three = (reasons[f"{tmp_path}/preference_{split}.json: element {i}"] for i in (1, 2, 3))
+        assert "no such file" in one and "not a readable picture" in two and "two images" in three
+    assert len(logged) == 6
     record = json.loads((tmp_path / "hpc.pth.run.json").read_text())
     assert (record["train_prompts"], record["dropped_prompts"]) == (3, 6)
 
