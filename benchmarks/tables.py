@@ -1,4 +1,7 @@
-"""What every benchmark does alike: time a function, measure its memory in a process of its own, print and write one table."""
+"""What every benchmark does alike: time a function, measure its memory in a process of its own, print and write one table.
+
+python -m benchmarks.tables     # print the README's speed table, from benchmarks/results/*.json
+"""
 
 import json
 import multiprocessing
@@ -108,3 +111,40 @@ def device_name() -> str:
     except (OSError, StopIteration):
         pass
     return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def markdown() -> str:
+    """Return the README's table of all results, a CPU's and a GPU's side by side; what one never ran says so."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.?pu.json"))}
+    kinds = ("cpu", "gpu")
+    lines = ["| | CPU | GPU |", "|---|---|---|"]
+    for name in dict.fromkeys(stem.rpartition(".")[0] for stem in results):
+        found = [results.get(f"{name}.{kind}") for kind in kinds]
+        heads = [f"{r['date']}, {r['device']}<br>{settings_text(r)}" if r else "not measured" for r in found]
+        lines.append(f"| **{name}** | {' | '.join(heads)} |")
+        rows = [{row["what"]: row for row in r["rows"]} if r else {} for r in found]
+        for what in dict.fromkeys(what for table in rows for what in table):
+            cells = [cell(r, table[what]) if what in table else "" for r, table in zip(found, rows, strict=True)]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def settings_text(result: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+
+
+def cell(result: dict, row: dict) -> str:
+    """Return a row's speed, and what it is of the plain loop's and of the limit."""
+    ratios = []
+    if row.get("x_plain") and not row["what"].startswith("plain"):
+        ratios.append(f"{row['x_plain']:.2f} x plain")
+    if row.get("of_limit") and not row["what"].startswith("limit"):
+        ratios.append(f"{row['of_limit']:.0%} of the limit")
+    if row.get("peak_gib"):
+        ratios.append(f"{row['peak_gib']:.1f} GiB")
+    speed = f"{row['speed']:,.0f}" if row["speed"] >= 100 else f"{row['speed']:.3g}"
+    return f"{speed} {result['unit']}" + (f" ({', '.join(ratios)})" if ratios else "")
+
+
+if __name__ == "__main__":
+    print(markdown())
