@@ -7,8 +7,9 @@
 Reads   annotation.jsonl of select_training_images.py (`file_name`, `prompt`, `type`) and
         regularization_images.jsonl of download_regularization_images.py (`file_name`, `caption`);
         file names count from --dataset_folder, by default from the folder of the file that names them
-Writes  OUTPUT_DIR/pytorch_lora_weights.safetensors, checkpoint-N/ (the same command goes on from the latest one),
-        validation/step-N.png, errors.jsonl (pictures left out), run.json and the trackers' files
+Writes  OUTPUT_DIR/pytorch_lora_weights.safetensors, README.md (a model card), run.json, log.jsonl (a row a step),
+        checkpoint-N/ (the same command goes on from the latest one), validation/step-N.png (plain, prefixed,
+        negative prompt), errors.jsonl (pictures left out), and the trackers' files
 
 The best pictures keep their prompts; the worst ones' prompts get the prefix "Weird image. ", so the model learns what
 people dislike under a name, and the same words as negative prompt steer away from it (paper, section 5). Regularization
@@ -17,37 +18,38 @@ pictures with their own captions keep it from drifting. The loss is Stable Diffu
     z = VAE(x),  z_t = sqrt(a_t) z + sqrt(1 - a_t) noise,  loss = |UNet(z_t, t, prompt) - noise|^2     (or v for v-models)
 
 Everything random about a picture (crop, flip, dropout, VAE sample, noise, timestep) comes from (seed, epoch, picture),
-so a run depends neither on the number of workers or processes nor on being interrupted.
+so a run depends neither on the number of workers or processes nor on being interrupted. The effective batch is
+--train_batch_size x --gradient_accumulation_steps x processes; a run may go on with it split otherwise.
 """
 
 import argparse
-import json
 import math
-import os
 import shutil
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor
+from peft import LoraConfig
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import lora, runs
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import UserError, one_line_errors
-from utils.images import open_image, to_rgb
-from utils.jsonl import Appender, dumps, read, write_whole
+from utils.jsonl import dumps, read, write_whole
+from utils.latents import encode_pixels, fill_cache, fingerprint
+from utils.main_process import on_main
+from utils.model_card import push_to_hub, write_model_card
+from utils.step_log import StepLog
+from utils.training_pictures import KINDS, TrainingBatches, digest, possible_prompts, read_rows, tokenize, unusable
+from utils.validation import read_validation_prompts, validate
 
 
 def parse_args(argv=None):
@@ -80,6 +82,17 @@ def parse_args(argv=None):
         "--prompt_dropout", type=float, default=0.0, help="share of pictures that train without any prompt"
     )
     parser.add_argument("--dataloader_num_workers", type=int, default=4)
+    parser.add_argument(
+        "--check_data", choices=["quick", "full", "no"], default="quick",
+        help="before the first step look at every picture's size and head (quick), or decode it (full)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache_latents", metavar="FOLDER",
+        help="encode each picture once and keep the VAE's posterior there: 64 KB a crop at 512 px",
+    )  # fmt: skip
+    parser.add_argument(
+        "--crops_per_image", type=int, default=1, help="random crops that --cache_latents keeps of each"
+    )
     # Optimisation: the paper's recipe.
     parser.add_argument(
         "--train_batch_size", type=int, default=40, help="per process; the paper's 40 is the sum over all"
@@ -96,23 +109,36 @@ def parse_args(argv=None):
     parser.add_argument("--adam_weight_decay", type=float, default=1e-2)
     parser.add_argument("--adam_epsilon", type=float, default=1e-8)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--snr_gamma", type=float, help="Min-SNR loss weights; 5 is usual, the paper has none")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: accelerate's configuration")
     parser.add_argument("--allow_tf32", action="store_true")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet's transformer blocks: slow start, faster steps"
+    )
     parser.add_argument("--seed", type=int, default=42)
     # Output.
     parser.add_argument("--output_dir", default="sd-model-finetuned-lora")
     parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--checkpoints_total_limit", type=int, help="keep only so many, the latest (default: all)")
     parser.add_argument("--resume_from_checkpoint", default="latest", help='"latest", or a checkpoint folder')
     parser.add_argument("--overwrite", action="store_true", help="start anew, removing the checkpoints of another run")
     parser.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
     parser.add_argument("--logging_dir", default="logs", help="of the trackers, inside OUTPUT_DIR")
+    parser.add_argument(
+        "--logging_steps", type=int, default=10, help="steps between writes of the log; each step is in it"
+    )
+    parser.add_argument(
+        "--push_to_hub", action="store_true", help="upload LoRA, model card and last validation at the end"
+    )
+    parser.add_argument("--hub_model_id", help="repository on the hub (default: OUTPUT_DIR's name)")
     # Validation.
     parser.add_argument("--validation_prompt_file", help="a prompt a line; pictures of them show how the training goes")
     parser.add_argument("--num_validation_images", type=int, default=4, help="for each prompt")
     parser.add_argument("--validation_iters", type=int, default=5000, help="steps between validations")
     parser.add_argument("--validation_inference_steps", type=int, default=50)
     parser.add_argument("--validation_guidance_scale", type=float, default=7.5)
+    parser.add_argument("--hpc", help="classifier; log the HPS of the validation pictures of each kind")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
     return parser.parse_args(argv)
 
@@ -122,92 +148,111 @@ def main(args):
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=tracker, project_dir=Path(args.output_dir) / args.logging_dir, cpu=args.cpu,
+        # Filling a latent cache takes hours; the processes that wait for another's share must not give up.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )  # fmt: skip
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.scale_lr:
         args.learning_rate *= global_batch
 
     # Read the rows, and refuse to mix with a half-finished run of other options.
-    rows, errors = read_rows(args)
+    rows, errors = usable_rows(args, accelerator)
     validation_prompts = read_validation_prompts(args.validation_prompt_file)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(rows) / global_batch)
     output = Path(args.output_dir)
-    record = begin_run(args, accelerator, output, rows, errors)
-    accelerator.wait_for_everyone()
+    record = on_main(accelerator, begin_run, args, output, rows, errors, global_batch, accelerator.mixed_precision)
     if (output / lora.FILE_NAMES[0]).exists() and record.get("steps") == args.max_train_steps:
-        accelerator.print(f"{output} is finished; nothing to do")
+        accelerator.print(f"{output} is finished; nothing to train")
+        if args.push_to_hub:
+            on_main(accelerator, push_to_hub, output, args.hub_model_id)
         return
 
     # Load Stable Diffusion, freeze all of it, and add the LoRA. Only the LoRA trains, in fp32.
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = load_pipeline(args, dtype).to(accelerator.device)
+    pipe = load_pipeline(args, dtype)
     vae, text_encoder, unet = pipe.vae, pipe.text_encoder, pipe.unet
-    for model in (vae, text_encoder, unet):
-        model.requires_grad_(False)
+    model = fingerprint(vae, text_encoder, unet)
+    for part in (vae, text_encoder, unet):
+        part.requires_grad_(False).to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
     unet.add_adapter(
         LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_rank,
-            init_lora_weights="gaussian",
-            target_modules=lora.TARGET_MODULES,
+            r=args.lora_rank, lora_alpha=args.lora_rank, init_lora_weights="gaussian", target_modules=lora.TARGET_MODULES
         )
-    )
+    )  # fmt: skip
     cast_training_params(unet, torch.float32)
+    pipe.to(accelerator.device)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile:
+        unet.compile_repeated_blocks()
     unet.train()
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True,
     )  # fmt: skip
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
 
     # Go on from the latest checkpoint. The UNet itself is prepared, so that every process's gradients are averaged.
-    step = load_checkpoint(args, output, unet, optimizer, lr_scheduler, accelerator)
+    step = load_checkpoint(args, output, model, unet, optimizer, lr_scheduler, accelerator)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     bare_unet = accelerator.unwrap_model(unet)
 
-    batches = TrainingBatches(rows, pipe, noise_scheduler, args, accelerator, first_step=step)
+    # Encode once what does not change: the pictures, if asked for, and the prompts, if they are few.
+    side = args.resolution // pipe.vae_scale_factor
+    latent_shape = (vae.config.latent_channels, side, side)
+    cache = fill_cache(rows, args, vae, latent_shape, accelerator) if args.cache_latents else None
+    prompts, prompt_table = encode_prompts(pipe, possible_prompts(rows, args))
+    batches = TrainingBatches(
+        rows, args, pipe.tokenizer, noise_scheduler.config.num_train_timesteps, latent_shape,
+        accelerator.process_index, accelerator.num_processes, step, cache, prompts,
+    )  # fmt: skip
     loader = DataLoader(
         batches, batch_size=None, num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
     )
-    if accelerator.is_main_process and tracker:
-        accelerator.init_trackers("train_lora", config={k: v for k, v in vars(args).items() if v is not None})
+    log = StepLog(output, step, global_batch, args, accelerator, record)
     bar = tqdm(
-        total=args.max_train_steps,
-        initial=step,
-        desc="train_lora",
-        unit="step",
+        total=args.max_train_steps, initial=step, desc="train_lora", unit="step",
         disable=not accelerator.is_local_main_process,
-    )
-    started, step_loss = time.time(), 0.0
+    )  # fmt: skip
+    validate_if_due = partial(validate, pipe, validation_prompts, output=output, args=args, accelerator=accelerator)
+    validate_if_due(step)
 
-    # Train.
+    # Train. Nothing in here waits for the GPU; what is logged is fetched every --logging_steps steps.
+    sums = torch.zeros(2, len(KINDS), device=accelerator.device)  # the losses and counts of each kind of picture
     for batch in loader:
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         with accelerator.accumulate(unet):
-            # The posterior's sample: mean + std * noise, the noise drawn with the picture.
             with torch.no_grad():
-                posterior = vae.encode(batch["pixels"].to(dtype)).latent_dist
-                latents = (posterior.mean + posterior.std * batch["vae_noise"]) * vae.config.scaling_factor
-                prompt_embeds = text_encoder(batch["tokens"])[0]
+                if cache:
+                    mean, logvar = batch["mean"], batch["logvar"]
+                else:
+                    mean, logvar = encode_pixels(vae, batch["pixels"])
+                # The posterior's sample: mean + std * noise, the noise drawn with the picture.
+                latents = mean.float() + torch.exp(0.5 * logvar.float()) * batch["vae_noise"]
+                latents *= vae.config.scaling_factor
+                prompt_embeds = prompt_table[batch["prompt"]] if prompts else text_encoder(batch["tokens"])[0]
             noise, timesteps = batch["noise"], batch["timesteps"]
-            noisy_latents = noise_scheduler.add_noise(latents.float(), noise, timesteps)
-            if noise_scheduler.config.prediction_type == "v_prediction":
-                target = noise_scheduler.get_velocity(latents.float(), noise, timesteps)
-            else:
-                target = noise
+            a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            noisy_latents = a.sqrt() * latents + (1 - a).sqrt() * noise
+            v_prediction = noise_scheduler.config.prediction_type == "v_prediction"
+            target = a.sqrt() * noise - (1 - a).sqrt() * latents if v_prediction else noise
             with accelerator.autocast():
                 prediction = unet(noisy_latents.to(dtype), timesteps, prompt_embeds).sample
-            loss = F.mse_loss(prediction.float(), target)
+            losses = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
+            if args.snr_gamma is not None:
+                # Min-SNR-gamma weights (Hang et al. 2023, section 3.4), for the loss on the noise or on v.
+                snr = (a / (1 - a)).flatten()
+                losses = losses * snr.clamp(max=args.snr_gamma) / (snr + 1 if v_prediction else snr)
 
-            accelerator.backward(loss)
-            step_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
+            accelerator.backward(losses.mean())
+            kinds = F.one_hot(batch["kind"], len(KINDS)).float()
+            sums += torch.stack([losses.detach() @ kinds, kinds.sum(0)])
             if not accelerator.sync_gradients:
                 continue
             gradient_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -216,159 +261,87 @@ def main(args):
             optimizer.zero_grad()
 
         step += 1
-        logs = {"loss": step_loss, "lr": lr_scheduler.get_last_lr()[0], "gradient_norm": float(gradient_norm)}
-        accelerator.log(logs, step=step)
-        bar.set_postfix(loss=f"{step_loss:.4f}", lr=f"{logs['lr']:.1e}", refresh=False)
+        saving = step % args.checkpointing_steps == 0 or step == args.max_train_steps
+        log.add(step, sums, gradient_norm, lr_scheduler.get_last_lr()[0])
+        sums = torch.zeros_like(sums)
+        if step % args.logging_steps == 0 or saving:
+            log.write(bar)
         bar.update()
-        step_loss = 0.0
-        if step % args.checkpointing_steps == 0 and step < args.max_train_steps:
-            save_checkpoint(output, step, bare_unet, optimizer, lr_scheduler, accelerator)
-        if validation_prompts and (step % args.validation_iters == 0 or step == args.max_train_steps):
-            validate(pipe, validation_prompts, step, output, args, accelerator)
+        if saving:
+            save_checkpoint(args, output, step, model, bare_unet, optimizer, lr_scheduler, accelerator)
+        if validate_if_due(step) or saving:
+            log.restart_clock()
     bar.close()
 
     # Save the LoRA.
     if accelerator.is_main_process:
-        lora.save(output, bare_unet)
-        runs.finish(
-            output / "run.json", record, steps=step, pictures=len(rows), seconds=round(time.time() - started, 1)
-        )
+        settings = record["settings"]
+        write_model_card(output, settings, validation_prompts, step)
+        lora.save(output, bare_unet, lora.training_metadata(settings))
+        runs.finish(output / "run.json", record, steps=step, pictures=len(rows), seconds=log.seconds())
         print(f"LoRA after {step} steps of {global_batch} pictures: {output / lora.FILE_NAMES[0]}")
+    if args.push_to_hub:
+        on_main(accelerator, push_to_hub, output, args.hub_model_id)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-# --- data ---
+# --- beginning a run ---
 
 
-def read_rows(args) -> tuple[list[dict], list[dict]]:
-    """Return the rows to train on (`image` path, `prompt`, `type`) and those left out because the picture is unusable."""
-    if not args.annotation_file and not args.regularization_annotation:
-        raise UserError("nothing to train on: give --annotation_file, --regularization_annotation or both")
-    rows = []
-    for path, caption in ((args.annotation_file, "prompt"), (args.regularization_annotation, "caption")):
-        if not path:
-            continue
-        folder = Path(args.dataset_folder or Path(path).parent)
-        fields = {"file_name": str, caption: str} | ({"type": str} if caption == "prompt" else {})
-        for number, row in enumerate(read(path, fields), 1):
-            kind = row.get("type") if caption == "prompt" else "regularization"
-            if kind not in ("positive", "negative", "regularization"):
-                raise UserError(f"{path}: row {number}: type is {kind!r}, not positive or negative")
-            if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
-                raise UserError(f"{path}: row {number}: {row['file_name']!r} leaves the folder")
-            where = f"{path}: row {number}: {row['file_name']}"
-            rows.append({"image": folder / row["file_name"], "prompt": row[caption], "type": kind, "where": where})
-    if args.max_train_samples and args.max_train_samples < len(rows):
-        chosen = np.random.default_rng(args.seed).permutation(len(rows))[: args.max_train_samples]
-        rows = [rows[i] for i in sorted(chosen)]
-
-    # Missing files and files that are no pictures are found now, not at step 4,000.
-    with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(why_unusable, (row["image"] for row in rows)))
+def usable_rows(args, accelerator) -> tuple[list[dict], list[dict]]:
+    """Return the rows to train on, and what is wrong with those left out."""
+    rows = read_rows(args)
+    reasons = [None] * len(rows)
+    if args.check_data != "no":
+        reasons = on_main(accelerator, unusable, rows, args.check_data == "full")
     errors = [
-        {"item": row["where"], "stage": "read", "reason": reason}
+        {"item": f"{row['where']}: {row['name']}", "stage": "check_data", "reason": reason}
         for row, reason in zip(rows, reasons, strict=True)
         if reason
     ]
-    usable = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    if not usable:
+    rows = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+    if not rows:
         first = f"; the first: {errors[0]['item']}: {errors[0]['reason']}" if errors else ""
         raise UserError(f"no usable picture in {args.annotation_file or args.regularization_annotation}{first}")
-    return usable, errors
+    return rows, errors
 
 
-def why_unusable(path: Path) -> str | None:
-    """Return what a look at the file's head finds wrong, or None."""
-    try:
-        Image.open(path).close()
-    except FileNotFoundError:
-        return "no such file"
-    except (OSError, Image.DecompressionBombError) as error:
-        return f"not a readable picture: {error}".replace(f" {str(path)!r}", "")
-    return None
+def begin_run(args, output: Path, rows: list[dict], errors: list[dict], global_batch: int, precision: str) -> dict:
+    """Record the options that the weights depend on, or refuse a folder that was begun with others."""
+    free = (
+        "output_dir", "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit",
+        "resume_from_checkpoint", "overwrite", "report_to", "logging_dir", "logging_steps", "dataloader_num_workers",
+        "cache_dir", "cpu", "gradient_checkpointing", "compile", "check_data", "dataset_folder", "train_batch_size",
+        "gradient_accumulation_steps", "push_to_hub", "hub_model_id", "hpc",
+    )  # fmt: skip
+    settings = {key: value for key, value in vars(args).items() if key not in free and "validation" not in key}
+    settings |= {"global_batch": global_batch, "mixed_precision": precision, "cache_latents": bool(args.cache_latents)}
+    for option, kinds in (("annotation_file", KINDS[:2]), ("regularization_annotation", KINDS[2:])):
+        settings[option] = digest([row for row in rows if row["type"] in kinds])
+    output.mkdir(parents=True, exist_ok=True)
+    for path in output.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path)
+    old = [*output.glob("checkpoint-*"), *output.glob(lora.FILE_NAMES[0])]
+    if args.overwrite:
+        for path in (*old, output / "validation", output / args.logging_dir / "train_lora"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    # Without a checkpoint there is nothing to mix with, such as after a mistyped option.
+    anew = args.overwrite or not old
+    record = runs.begin(output / "run.json", settings, overwrite=anew)
+    if (output / "errors.jsonl").exists() and not anew:
+        errors = errors + [row for row in read(output / "errors.jsonl") if row["stage"] == "train"]
+    write_whole(output / "errors.jsonl", "".join(dict.fromkeys(map(dumps, errors))))
+    counts = {kind: sum(row["type"] == kind for row in rows) for kind in KINDS}
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()), "pictures;", global_batch, "a step")
+    for error in errors[:5]:
+        print(f"left out: {error['item']}: {error['reason']}", file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} pictures left out, see {output / 'errors.jsonl'}", file=sys.stderr)
+    return record
 
 
-class TrainingBatches(Dataset):
-    """The micro-batches of this process from `first_step` on: pixels, tokens, timesteps, noise and the VAE's noise.
-
-    The pictures come as an endless row of epochs, each in an order of (seed, epoch); step k takes the k-th global batch
-    of it, and the micro-batches and processes share that batch out.
-    """
-
-    def __init__(self, rows, pipe, noise_scheduler, args, accelerator, first_step):
-        self.rows, self.tokenizer, self.args = rows, pipe.tokenizer, args
-        self.timesteps = noise_scheduler.config.num_train_timesteps
-        side = args.resolution // pipe.vae_scale_factor
-        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
-        self.rank, self.processes, self.first_step = accelerator.process_index, accelerator.num_processes, first_step
-
-    def __len__(self):
-        return (self.args.max_train_steps - self.first_step) * self.args.gradient_accumulation_steps
-
-    def __getitem__(self, index):
-        micro_batch = self.first_step * self.args.gradient_accumulation_steps + index
-        start = (micro_batch * self.processes + self.rank) * self.args.train_batch_size
-        items = [self.load(*divmod(i, len(self.rows))) for i in range(start, start + self.args.train_batch_size)]
-        batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "prompt"}
-        batch["tokens"] = self.tokenizer(
-            [item["prompt"] for item in items], padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        return batch
-
-    def load(self, epoch: int, position: int) -> dict:
-        """Return one training example, drawn from (seed, epoch, picture)."""
-        picture = int(epoch_order(self.args.seed, epoch, len(self.rows))[position])
-        while True:
-            row = self.rows[picture]
-            try:
-                image = to_rgb(open_image(row["image"]))
-                break
-            except ValueError as error:
-                # Its head was fine, its body is not: the next picture takes its place.
-                with Appender(Path(self.args.output_dir) / "errors.jsonl") as file:
-                    file.write({"item": row["where"], "stage": "train", "reason": str(error)})
-                print(f"{row['where']}: {error}; another picture takes its place", file=sys.stderr)
-                picture = (picture + 1) % len(self.rows)
-
-        seed = np.random.SeedSequence((self.args.seed, epoch, picture)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        uniform = torch.rand(5, generator=generator).tolist()
-        prompt = row["prompt"]
-        if row["type"] == "negative":
-            prompt = self.args.negative_prefix + ("" if uniform[0] < self.args.bare_prefix_prob else prompt)
-        if uniform[1] < self.args.prompt_dropout:
-            prompt = ""
-        return {
-            "pixels": self.crop(image, *uniform[2:]),
-            "prompt": prompt,
-            "timesteps": torch.randint(0, self.timesteps, (), generator=generator),
-            "noise": torch.randn(self.latent_shape, generator=generator),
-            "vae_noise": torch.randn(self.latent_shape, generator=generator),
-        }
-
-    def crop(self, image: Image.Image, x: float, y: float, flip: float) -> torch.Tensor:
-        """Return the picture with its shortest side resized, cropped to a square: float32 (3, resolution, resolution) in [-1, 1]."""
-        side = self.args.resolution
-        scale = side / min(image.size)
-        width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        if self.args.center_crop:
-            x = y = 0.5
-        left, top = round(x * (width - side)), round(y * (height - side))
-        image = image.crop((left, top, left + side, top + side))
-        if self.args.random_flip and flip < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return pil_to_tensor(image).float() / 127.5 - 1
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Return the order of the pictures in an epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-# --- model, checkpoints, validation ---
+# --- the model and what is encoded once ---
 
 
 def load_pipeline(args, dtype) -> StableDiffusionPipeline:
@@ -385,127 +358,18 @@ def load_pipeline(args, dtype) -> StableDiffusionPipeline:
     return pipe
 
 
-def begin_run(args, accelerator, output: Path, rows: list[dict], errors: list[dict]) -> dict:
-    """Record the options that the weights depend on, or refuse a folder that was begun with others."""
-    free = (
-        "output_dir", "max_train_steps", "num_train_epochs", "checkpointing_steps", "resume_from_checkpoint", "overwrite",
-        "report_to", "logging_dir", "dataloader_num_workers", "cache_dir", "cpu", "gradient_checkpointing",
-    )  # fmt: skip
-    settings = {key: value for key, value in vars(args).items() if key not in free and "validation" not in key}
-    settings |= {"processes": accelerator.num_processes}
-    settings |= {
-        f"{kind}_pictures": sum(row["type"] == kind for row in rows)
-        for kind in ("positive", "negative", "regularization")
-    }
-    if not accelerator.is_main_process:
-        return (
-            json.loads((output / "run.json").read_text())
-            if (output / "run.json").exists() and not args.overwrite
-            else {}
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    old = [*output.glob("checkpoint-*"), *output.glob(lora.FILE_NAMES[0])]
-    if args.overwrite:
-        for path in old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    # Without a checkpoint there is nothing to mix with, such as after a mistyped option.
-    record = runs.begin(output / "run.json", settings, overwrite=args.overwrite or not old)
-    write_whole(output / "errors.jsonl", "".join(map(dumps, errors)))
-    print(
-        ", ".join(f"{settings[f'{kind}_pictures']} {kind}" for kind in ("positive", "negative", "regularization")),
-        "pictures",
-    )
-    if errors:
-        print(f"{len(errors)} pictures left out, see {output / 'errors.jsonl'}", file=sys.stderr)
-    return record
-
-
-def save_checkpoint(output: Path, step: int, unet, optimizer, lr_scheduler, accelerator):
-    """Write checkpoint-{step}/ whole or not at all. No process has a state of its own: what is random comes from the pictures."""
-    if not accelerator.is_main_process:
-        return
-    temporary = output / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    lora.save(temporary, unet)
-    state = {
-        "step": step,
-        "lora": get_peft_model_state_dict(unet),
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": lr_scheduler.state_dict(),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-    }
-    torch.save(state, temporary / "training_state.pt")
-    shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
-    os.replace(temporary, output / f"checkpoint-{step}")
-
-
-def load_checkpoint(args, output: Path, unet, optimizer, lr_scheduler, accelerator) -> int:
-    """Restore the checkpoint to go on from; return its step, 0 if there is none."""
-    if args.resume_from_checkpoint in (None, "latest"):
-        found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        found = [path for path in found if int(path.name.split("-")[1]) <= args.max_train_steps]
-        if not found:
-            return 0
-        path = found[-1]
-    else:
-        path = Path(args.resume_from_checkpoint)
-    if not (path / "training_state.pt").is_file():
-        raise UserError(f"--resume_from_checkpoint {path}: no training_state.pt in it")
-    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
-    set_peft_model_state_dict(unet, state["lora"])
-    optimizer.load_state_dict(state["optimizer"])
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if state["scaler"] and accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    accelerator.print(f"going on from {path}")
-    return state["step"]
-
-
-def read_validation_prompts(path: str | None) -> list[str]:
-    """Return the lines of the file that are not empty."""
-    if not path:
-        return []
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; write a prompt a line into it (echo 'your prompt' >> {path})")
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 @torch.no_grad()
-def validate(pipe, prompts: list[str], step: int, output: Path, args, accelerator):
-    """Draw the same pictures as at every validation, three ways: plain, with the prefix, with the prefix as negative prompt."""
-    if accelerator.is_main_process:
-        pipe.unet.eval()
-        prompts = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
-        ways = {
-            "plain": (prompts, ""),
-            "prefixed": ([args.negative_prefix + prompt for prompt in prompts], ""),
-            "negative_prompt": (prompts, args.negative_prefix),
-        }
-        draw = partial(
-            pipe, num_inference_steps=args.validation_inference_steps, guidance_scale=args.validation_guidance_scale,
-            height=args.resolution, width=args.resolution,
-        )  # fmt: skip
-        bands = []
-        for way, (positive, negative) in ways.items():
-            images = []
-            for i in range(0, len(prompts), args.train_batch_size):
-                texts = positive[i : i + args.train_batch_size]
-                generators = [torch.Generator().manual_seed(args.seed + i + j) for j in range(len(texts))]
-                with accelerator.autocast():
-                    images += draw(texts, negative_prompt=[negative] * len(texts), generator=generators).images
-            bands.append(np.concatenate([np.asarray(image) for image in images], axis=1))
-            for tracker in accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.writer.add_images(way, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
-                if tracker.name == "wandb":
-                    import wandb
+def encode_prompts(pipe, prompts: list[str]) -> tuple[dict[str, int] | None, torch.Tensor | None]:
+    """Return the prompts' rows in a table and the table (n, 77, d), or (None, None) if it would take more than 1 GiB.
 
-                    shown = [wandb.Image(image, caption=text) for image, text in zip(images, positive, strict=True)]
-                    tracker.log({way: shown}, step=step)
-        (output / "validation").mkdir(exist_ok=True)
-        Image.fromarray(np.concatenate(bands)).save(output / "validation" / f"step-{step:06d}.png")
-        pipe.unet.train()
-    accelerator.wait_for_everyone()
+    The paper's 250,000 captions would take 30 GB, and encoding them each time is less than 1 % of a step.
+    """
+    config = pipe.text_encoder.config
+    if len(prompts) * config.max_position_embeddings * config.hidden_size * pipe.text_encoder.dtype.itemsize > 2**30:
+        return None, None
+    groups = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+    table = [pipe.text_encoder(tokenize(pipe.tokenizer, group).to(pipe.device))[0] for group in groups]
+    return {prompt: i for i, prompt in enumerate(prompts)}, torch.cat(table)
 
 
 if __name__ == "__main__":

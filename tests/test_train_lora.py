@@ -5,20 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import parts
+import processes
 import pytest
 import torch
 from conftest import SD
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_lora
 from toy import world
-from utils import lora
+from utils import checkpoints, latents, lora, training_pictures
 from utils.errors import UserError
 
 SMALL = f"--pretrained_model_name_or_path {SD} --resolution 32 --learning_rate 1e-3 --cpu --mixed_precision no --report_to none"
@@ -61,11 +64,14 @@ def run(pictures, output, *options):
     return load_file(output / "pytorch_lora_weights.safetensors")
 
 
-def batches(args, rows, rank=0, processes=1):
+def batches(args, rows=None, rank=0, processes=1, **options):
     pipe = StableDiffusionPipeline.from_pretrained(SD)
-    scheduler = train_lora.DDPMScheduler.from_config(pipe.scheduler.config)
-    accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
-    return train_lora.TrainingBatches(rows, pipe, scheduler, args, accelerator, first_step=0)
+    rows = training_pictures.read_rows(args) if rows is None else rows
+    return training_pictures.TrainingBatches(rows, args, pipe.tokenizer, 1000, (4, 8, 8), rank, processes, **options)
+
+
+def log(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 def prompts_of(dataset, batch) -> list[str]:
@@ -73,29 +79,23 @@ def prompts_of(dataset, batch) -> list[str]:
     return [prompt.replace(" .", ".") for prompt in prompts]
 
 
-@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
-def test_first_step_is_adamw_on_the_formula(pictures, tmp_path, target):
+@pytest.mark.parametrize(
+    ("target", "gamma"), [("epsilon", None), ("v_prediction", None), ("epsilon", 5), ("v_prediction", 0.5)]
+)
+def test_first_step_is_adamw_on_the_formula(pictures, tmp_path, monkeypatch, target, gamma):
     """Written out by hand: z_t = sqrt(a) z + sqrt(1 - a) noise, mean squared error, AdamW's first step is lr * sign."""
     model = tmp_path / "model"
     shutil.copytree(SD, model)
     config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": target}))
-    options = (
-        "--pretrained_model_name_or_path",
-        model,
-        "--train_batch_size",
-        12,
-        "--max_train_steps",
-        1,
-        "--adam_weight_decay",
-        0,
-        "--seed",
-        3,
-    )
+    options = ("--pretrained_model_name_or_path", model, "--train_batch_size", 12, "--max_train_steps", 1)
+    options = (*options, "--adam_weight_decay", 0, "--seed", 3, "--max_grad_norm", 1e9)
+    options = (*options, "--snr_gamma", gamma) if gamma else options
+    monkeypatch.setattr(torch.optim.AdamW, "step", processes.spy(torch.optim.AdamW.step, tmp_path, 0))
     got = run(pictures, tmp_path / "out", *options)
+    monkeypatch.undo()
     args = train_lora.parse_args(arguments(pictures, tmp_path / "out", *options))
-    rows, _ = train_lora.read_rows(args)
-    batch = batches(args, rows)[0]
+    batch = batches(args)[0]
 
     pipe = StableDiffusionPipeline.from_pretrained(model).to(torch.float32)
     pipe.unet.requires_grad_(False)
@@ -105,7 +105,7 @@ def test_first_step_is_adamw_on_the_formula(pictures, tmp_path, target):
     trained = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     with torch.no_grad():
-        moments = pipe.vae.quant_conv(pipe.vae.encoder(batch["pixels"]))
+        moments = pipe.vae.quant_conv(pipe.vae.encoder(batch["pixels"] / 127.5 - 1))
         mean, log_variance = moments.chunk(2, dim=1)
         z = (mean + torch.exp(0.5 * log_variance) * batch["vae_noise"]) * pipe.vae.config.scaling_factor
         prompt = pipe.text_encoder(batch["tokens"]).last_hidden_state
@@ -113,60 +113,58 @@ def test_first_step_is_adamw_on_the_formula(pictures, tmp_path, target):
     a = torch.cumprod(1 - betas, 0)[batch["timesteps"]].view(-1, 1, 1, 1)
     z_t = a.sqrt() * z + (1 - a).sqrt() * batch["noise"]
     wanted = batch["noise"] if target == "epsilon" else a.sqrt() * batch["noise"] - (1 - a).sqrt() * z
-    loss = (pipe.unet(z_t, batch["timesteps"], prompt).sample - wanted).square().mean()
+    error = (pipe.unet(z_t, batch["timesteps"], prompt).sample - wanted).square().mean((1, 2, 3))
+    weights = torch.ones(12)
+    if gamma:
+        for i, (signal, noise) in enumerate(zip(a.flatten(), 1 - a.flatten(), strict=True)):
+            weight = min(signal / noise, gamma)
+            weights[i] = weight / (signal / noise) if target == "epsilon" else weight / (signal / noise + 1)
+        assert weights.max() - weights.min() > 0.1
+    loss = (error * weights).mean()
     loss.backward()
+
+    row = log(tmp_path / "out")[0]
+    assert row["loss"] == pytest.approx(loss.item(), rel=0, abs=1e-6)
+    types = [args_row["type"] for args_row in training_pictures.read_rows(args)]
+    order = np.random.default_rng((3, 0)).permutation(12)
+    for kind in training_pictures.KINDS:
+        of_kind = torch.tensor([types[i] == kind for i in order])
+        assert row[f"loss/{kind}"] == pytest.approx(float((error * weights)[of_kind].mean()), abs=1e-6)
     norm = torch.stack([p.grad.norm() for p in trained.values()]).norm()
+    assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
     moved = 0
-    for name, parameter in trained.items():
-        gradient = parameter.grad * min(1, 1.0 / (norm + 1e-6))
+    gradients = torch.load(tmp_path / "gradients-0-1.pt", weights_only=True)
+    for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-5)
         expected = before[name] - 1e-3 * gradient / (gradient.abs() + 1e-8)
         key = "unet." + name.replace("lora_A.default", "lora.down").replace("lora_B.default", "lora.up")
-        certain = gradient.abs() > 1e-6  # below, rounding decides on the sign
-        torch.testing.assert_close(got[key][certain], expected[certain], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(got[key], expected, rtol=1e-3, atol=2e-5)
         moved += int(((got[key] - before[name]).abs() > 5e-4).sum())
     assert moved > 1000
 
 
-def test_two_processes_have_equal_gradients_and_one_process_result(pictures, tmp_path):
-    """Every optimizer step's gradients are written down on both ranks: equal, and the run ends where one process does."""
-    script = tmp_path / "spy.py"
-    script.write_text(
-        "import sys, torch, train_lora\n"
-        f"sys.path.insert(0, {str(Path.cwd())!r})\n"
-        "step = torch.optim.AdamW.step\n"
-        "def spy(self, *args, **kwargs):\n"
-        "    rank = torch.distributed.get_rank()\n"
-        "    grads = [p.grad.clone() for g in self.param_groups for p in g['params']]\n"
-        f"    torch.save(grads, {str(tmp_path)!r} + f'/gradients-{{rank}}.pt')\n"
-        "    return step(self, *args, **kwargs)\n"
-        "torch.optim.AdamW.step = spy\n"
-        "train_lora.main(train_lora.parse_args(sys.argv[1:]))\n"
-    )
-    steps = ("--max_train_steps", 2, "--checkpointing_steps", 10)
-    # On CPUs accelerate launch starts one process only; torchrun starts two.
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-    ]
-    command += arguments(pictures, tmp_path / "two", *steps, "--train_batch_size", 3)
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_however_the_batch_is_split_losses_and_gradients_agree(pictures, tmp_path):
+    """1 x 8, 2 x 4 and 1 x 4 with accumulation 2: the first two steps, and both ranks' gradients bit for bit."""
+    steps = ("--max_train_steps", 2, "--random_flip", "--prompt_dropout", 0.3, "--max_grad_norm", 1e9)
+    for name, ranks, batch, accumulation in (("whole", 1, 8, 1), ("ranks", 2, 4, 1), ("accumulated", 1, 4, 2)):
+        split = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
+        processes.run(ranks, arguments(pictures, tmp_path / name, *steps, *split), tmp_path / f"{name} spied")
 
-    first, second = (torch.load(tmp_path / f"gradients-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert sum(float(g.abs().sum()) for g in first) > 0
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    two = load_file(tmp_path / "two" / "pytorch_lora_weights.safetensors")
-    one = run(pictures, tmp_path / "one", *steps, "--train_batch_size", 6)
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)
+    def gradients(name, rank, step):
+        return torch.load(tmp_path / f"{name} spied" / f"gradients-{rank}-{step}.pt", weights_only=True)
+
+    for step in (1, 2):
+        assert all(
+            torch.equal(a, b) for a, b in zip(gradients("ranks", 0, step), gradients("ranks", 1, step), strict=True)
+        )
+        for name in ("ranks", "accumulated"):
+            for a, b in zip(gradients("whole", 0, step), gradients(name, 0, step), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+            ours, whole = log(tmp_path / name)[step - 1], log(tmp_path / "whole")[step - 1]
+            for key in ("loss", "loss/positive", "loss/negative", "loss/regularization", "gradient_norm"):
+                assert ours.get(key) == pytest.approx(whole.get(key), rel=1e-5)
+    assert sum(float(gradient.abs().sum()) for gradient in gradients("whole", 0, 1)) > 0
 
 
 def test_what_a_step_sees_depends_on_neither_processes_nor_accumulation(pictures, tmp_path):
@@ -177,8 +175,7 @@ def test_what_a_step_sees_depends_on_neither_processes_nor_accumulation(pictures
             )
             + ["--max_train_steps", "3", "--random_flip", "--prompt_dropout", "0.3"]
         )
-        rows, _ = train_lora.read_rows(args)
-        parts = [batches(args, rows, rank, processes) for rank in range(processes)]
+        parts = [batches(args, None, rank, processes) for rank in range(processes)]
         assert len(parts[0]) == 3 * accumulation
         result = []
         for step in range(3):
@@ -192,27 +189,108 @@ def test_what_a_step_sees_depends_on_neither_processes_nor_accumulation(pictures
             assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_interrupted_run_ends_in_the_same_weights(pictures, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_run_ends_in_the_same_weights_and_log(pictures, tmp_path, ranks):
+    """Kill -9 at random moments, then the same command."""
     options = ("--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--lr_scheduler", "constant_with_warmup")
-    options = (*options, "--lr_warmup_steps", 4, "--checkpointing_steps", 2, "--max_train_steps", 6)
-    whole = run(pictures, tmp_path / "whole", *options)
+    options = (*options, "--lr_warmup_steps", 4, "--checkpointing_steps", 3, "--max_train_steps", 16)
+    options = (*options, "--report_to", "tensorboard", "--logging_steps", 2, "--checkpoints_total_limit", 2)
+    options = (*options, "--cache_latents", tmp_path / "latents") if ranks == 1 else options
+    started = time.monotonic()
+    processes.run(ranks, arguments(pictures, tmp_path / "whole", *options), tmp_path / "said")
+    whole = (tmp_path / "whole" / lora.FILE_NAMES[0]).read_bytes()
+    seconds = time.monotonic() - started
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "whole")] == ["checkpoint-15", "checkpoint-16"]
 
-    command = [sys.executable, "train_lora.py", *arguments(pictures, tmp_path / "killed", *options)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint-2").exists():
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed" / "pytorch_lora_weights.safetensors").exists()
+    moments = seconds * np.random.default_rng().uniform(0.3, 1, 2)
+    print(f"killed after {moments} s of {seconds} s")  # shown if this fails
+    shutil.rmtree(tmp_path / "latents", ignore_errors=True)
+    command = arguments(pictures, tmp_path / "killed", *options)
+    for moment in moments:
+        processes.kill(processes.start(ranks, command, tmp_path / "said"), moment)
+    at = checkpoints.checkpoints(tmp_path / "killed")
+    said = processes.run(ranks, command, tmp_path / "said")
+    if at and "nothing to train" not in said:
+        assert f"| {at[-1].name.split('-')[1]}/16 [" in said, "the bar starts where it stopped"
+    assert (tmp_path / "killed" / lora.FILE_NAMES[0]).read_bytes() == whole
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("images_per_second", "memory_gib")} for row in log(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert timeless[0] == timeless[1]
+    assert [row["step"] for row in timeless[0]] == list(range(1, 17))
+    assert [event.step for event in events(tmp_path / "killed").Scalars("loss")] == list(range(1, 17))
+    assert "nothing to train" in processes.run(ranks, command, tmp_path / "said")
 
-    resumed = run(pictures, tmp_path / "killed", *options)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    modified = (tmp_path / "killed" / "pytorch_lora_weights.safetensors").stat().st_mtime_ns
-    run(pictures, tmp_path / "killed", *options)
-    assert (tmp_path / "killed" / "pytorch_lora_weights.safetensors").stat().st_mtime_ns == modified
-    with pytest.raises(UserError, match="learning_rate was 0.001, now 0.002"):
-        run(pictures, tmp_path / "killed", *options, "--learning_rate", 2e-3)
+
+def events(output):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(output / "logs" / "train_lora")).Reload()
+
+
+def test_going_on_with_other_settings(pictures, tmp_path):
+    options = ("--train_batch_size", 4, "--checkpointing_steps", 2, "--cache_latents", tmp_path / "latents")
+    longer = run(pictures, tmp_path / "whole", *options, "--max_train_steps", 6)
+    run(pictures, tmp_path / "out", *options, "--max_train_steps", 4)
+    for other, message in (
+        (("--learning_rate", 2e-3), "learning_rate was 0.001, now 0.002"),
+        (("--lora_rank", 8, "--seed", 1), "lora_rank was 4, now 8; seed was 42, now 1"),
+        (("--train_batch_size", 8), "global_batch was 4, now 8"),
+        (("--max_train_samples", 6), "annotation_file was '8 pictures, .*', now"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(pictures, tmp_path / "out", *options, *other)
+
+    # More steps, split otherwise, from the last checkpoint but one: the last was torn.
+    (tmp_path / "out" / "checkpoint-4" / "training_state.pt").write_bytes(b"PK torn")
+    (tmp_path / "out" / ".checkpoint-6.tmp").mkdir()
+    split = ("--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", 6)
+    resumed = run(pictures, tmp_path / "out", *options, *split)
+    for key in longer:
+        torch.testing.assert_close(resumed[key], longer[key], rtol=1e-3, atol=1e-4)
+    assert not (tmp_path / "out" / ".checkpoint-6.tmp").exists()
+
+    # The same path, other weights.
+    model = tmp_path / "model"
+    shutil.copytree(SD, model)
+    options = (*options, "--pretrained_model_name_or_path", model)
+    run(pictures, tmp_path / "tuned", *options, "--max_train_steps", 2)
+    state = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file({k: v + 0.01 for k, v in state.items()}, model / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="was trained on other weights than .*model has now"):
+        run(pictures, tmp_path / "tuned", *options, "--max_train_steps", 3)
+    run(pictures, tmp_path / "tuned", *options, "--max_train_steps", 3, "--overwrite")
+    assert [row["step"] for row in log(tmp_path / "tuned")] == [1, 2, 3]
+
+
+def test_latent_cache_trains_as_without(pictures, tmp_path, monkeypatch):
+    """The same random crops, to half precision's rounding; a second run encodes nothing, a changed picture anew."""
+    shutil.copytree(pictures, tmp_path / "data")
+    options = ("--train_batch_size", 6, "--max_train_steps", 4, "--random_flip")  # two epochs
+    online = run(tmp_path / "data", tmp_path / "online", *options)
+    options = (*options, "--cache_latents", tmp_path / "latents", "--crops_per_image", 2)
+    encoded = []
+    original = latents.encode_pixels
+    monkeypatch.setattr(latents, "encode_pixels", lambda vae, pixels: encoded.append(1) or original(vae, pixels))
+    cached = run(tmp_path / "data", tmp_path / "cached", *options)
+    assert len(encoded) == 2  # 12 pictures, two crops, in groups of 16
+    for a, b in zip(log(tmp_path / "online"), log(tmp_path / "cached"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["loss"] != b["loss"]
+    for key in online:
+        torch.testing.assert_close(cached[key], online[key], rtol=0, atol=2e-3)
+    entry = next((tmp_path / "latents").glob("*-32"))
+    assert (entry / "latents.f16").stat().st_size == 12 * 2 * (2 * 4 * 8 * 8) * 2
+
+    run(tmp_path / "data", tmp_path / "again", *options)
+    assert len(encoded) == 2
+    (tmp_path / "data" / "pictures" / "3.png").write_bytes((pictures / "pictures" / "4.png").read_bytes())
+    run(tmp_path / "data", tmp_path / "changed", *options)
+    assert len(encoded) == 3 and (entry / "state.u8").read_bytes() == b"\1" * 26
+
+    monkeypatch.setattr(latents.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match=r"24 more latents of 1024 bytes take 0.00 GB, and 0.00 GB are free"):
+        run(tmp_path / "data", tmp_path / "full", *options, "--cache_latents", tmp_path / "other")
 
 
 def test_prefix_goes_to_the_worst_pictures_only(pictures, tmp_path):
@@ -220,8 +298,7 @@ def test_prefix_goes_to_the_worst_pictures_only(pictures, tmp_path):
         args = train_lora.parse_args(
             arguments(pictures, tmp_path, "--train_batch_size", 12, "--max_train_steps", 1, *options)
         )
-        rows, _ = train_lora.read_rows(args)
-        dataset = batches(args, rows)
+        dataset = batches(args)
         return prompts_of(dataset, dataset[0])
 
     captions = world.captions()[:12]
@@ -233,55 +310,95 @@ def test_prefix_goes_to_the_worst_pictures_only(pictures, tmp_path):
     assert set(prompts("--negative_prefix", "")) == set(captions)
 
 
-def test_crop_keeps_the_short_side_and_moves(pictures, tmp_path):
-    args = train_lora.parse_args(arguments(pictures, tmp_path, "--max_train_steps", 1))
-    dataset = batches(args, [{}])
+def test_crop_keeps_the_short_side_and_moves(tmp_path):
     gradient = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None], 32, 0)).convert("RGB")
-    left, right = (dataset.crop(gradient, x, 0.5, 1)[0, 0] * 127.5 + 127.5 for x in (0.0, 1.0))
-    assert left.tolist() == pytest.approx(list(range(32)), abs=1e-3)
-    assert right.tolist() == pytest.approx(list(range(32, 64)), abs=1e-3)
-    args.random_flip = True
-    assert (dataset.crop(gradient, 0, 0, 0.1)[0, 0] * 127.5 + 127.5).tolist() == pytest.approx(
-        list(range(31, -1, -1)), abs=1e-3
-    )
+    gradient.save(tmp_path / "gradient.png")
+    for crop, expected in (
+        ((0.0, 0.5, False), range(32)),
+        ((1.0, 0.5, False), range(32, 64)),
+        ((0.0, 0.5, True), range(31, -1, -1)),
+    ):
+        cut = training_pictures.cut({"image": tmp_path / "gradient.png"}, crop, 32)
+        assert cut.shape == (3, 32, 32) and cut[0, 0].tolist() == list(expected)
 
 
 def test_validation_draws_three_bands_without_touching_the_training(pictures, tmp_path):
+    """At the start, on the way and at the end; two processes draw the pictures of one; the classifier's curves."""
     (tmp_path / "validation_prompts.txt").write_text("a red circle on a white background\n\na blue square\n")
-    options = ("--train_batch_size", 2, "--max_train_steps", 2)
+    options = ("--train_batch_size", 2, "--max_train_steps", 3)
     plain = run(pictures, tmp_path / "a", *options)
-    watched = (*options, "--validation_prompt_file", tmp_path / "validation_prompts.txt", "--validation_iters", 1)
+    watched = (*options, "--validation_prompt_file", tmp_path / "validation_prompts.txt", "--validation_iters", 2)
     watched = (*watched, "--num_validation_images", 2, "--validation_inference_steps", 2, "--report_to", "tensorboard")
+    watched = (*watched, "--hpc", parts.write_checkpoint(tmp_path / "hpc.pth"))
     validated = run(pictures, tmp_path / "b", *watched)
     assert all(torch.equal(plain[key], validated[key]) for key in plain)
-    grids = sorted((tmp_path / "b" / "validation").iterdir())
-    assert [grid.name for grid in grids] == ["step-000001.png", "step-000002.png"]
+    grids = sorted((tmp_path / "b" / "validation").glob("*.png"))
+    assert [grid.name for grid in grids] == ["step-000000.png", "step-000002.png", "step-000003.png"]
     assert Image.open(grids[0]).size == (4 * 32, 3 * 32)
 
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert [event.step for event in events(tmp_path / "b").Scalars("loss")] == [1, 2, 3]
+    assert {tag.split("/")[0] for tag in events(tmp_path / "b").Tags()["images"]} == {
+        "plain",
+        "prefixed",
+        "negative_prompt",
+    }
+    from utils import hps
 
-    events = EventAccumulator(str(next((tmp_path / "b" / "logs").rglob("events*")).parent)).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2]
-    assert {tag.split("/")[0] for tag in events.Tags()["images"]} == {"plain", "prefixed", "negative_prompt"}
+    image = np.asarray(Image.open(grids[1]))
+    classifier = hps.load(tmp_path / "hpc.pth")
+    for band, way in enumerate(("plain", "prefixed", "negative_prompt")):
+        drawn = [Image.fromarray(image[band * 32 : band * 32 + 32, i * 32 : i * 32 + 32]) for i in range(4)]
+        prompts = ["a red circle on a white background"] * 2 + ["a blue square"] * 2
+        curve = {event.step: event.value for event in events(tmp_path / "b").Scalars(f"hps/{way}")}
+        assert curve.keys() == {0, 2, 3}
+        assert curve[2] == pytest.approx(classifier.score(drawn, prompts).mean(), abs=1e-4)
+
+    processes.run(2, arguments(pictures, tmp_path / "two", *watched, "--train_batch_size", 1), tmp_path / "said")
+    for grid in grids:
+        ours = np.asarray(Image.open(tmp_path / "two" / "validation" / grid.name)).astype(int)
+        assert np.abs(ours - np.asarray(Image.open(grid))).max() <= 2
 
 
-def test_unusable_pictures_are_left_out_and_logged(pictures, tmp_path):
+def test_model_card_is_what_the_hub_reads(pictures, tmp_path):
+    from huggingface_hub import ModelCard
+
+    (tmp_path / "prompts.txt").write_text('a "red" circle: on white\n')
+    options = ("--train_batch_size", 2, "--max_train_steps", 1, "--validation_prompt_file", tmp_path / "prompts.txt")
+    run(pictures, tmp_path / "out", *options, "--validation_inference_steps", 1, "--num_validation_images", 1)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == SD and "lora" in card.data.tags and card.data.library_name == "diffusers"
+    widget = card.data.to_dict()["widget"][0]
+    assert widget["text"] == 'a "red" circle: on white' and widget["parameters"] == {"negative_prompt": "Weird image. "}
+    assert (tmp_path / "out" / widget["output"]["url"]).is_file()
+    header = lora.header(tmp_path / "out")
+    assert header["negative_prompt"] == "Weird image. " and json.loads(header["options"])["lora_rank"] == 4
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_unusable_pictures_are_named_left_out_and_logged(pictures, tmp_path, capsys, cached):
     rows = [json.loads(line) for line in (pictures / "annotation.jsonl").read_text().splitlines()]
     whole = (pictures / rows[0]["file_name"]).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:-60])
     (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
     (tmp_path / "fine.png").write_bytes(whole)
-    names = ("fine.png", "cut.png", "text.png", "missing.png")
+    names = ("fine.png", "cut.png", "text.png", "missing.png", "empty.png")
     write_rows(tmp_path / "annotation.jsonl", [rows[0] | {"file_name": name} for name in names])
-    options = ["--annotation_file", tmp_path / "annotation.jsonl", "--train_batch_size", "4", "--max_train_steps", "1"]
-    args = train_lora.parse_args([str(o) for o in (*SMALL.split(), "--output_dir", tmp_path / "out", *options)])
-    train_lora.main(args)
-    logged = {
-        row["item"].split(": ")[-1]: row["reason"]
-        for row in map(json.loads, (tmp_path / "out" / "errors.jsonl").read_text().splitlines())
-    }
-    assert logged.keys() == {"cut.png", "text.png", "missing.png"}
-    assert logged["missing.png"] == "no such file" and "not a readable picture" in logged["cut.png"]
+    options = ["--annotation_file", tmp_path / "annotation.jsonl", "--train_batch_size", "4", "--max_train_steps", "2"]
+    options += ["--cache_latents", tmp_path / "latents"] if cached else []
+    for check, at_first in (("quick", 3), ("full", 4)):
+        out = tmp_path / check
+        out_options = ("--output_dir", out, "--check_data", check, "--dataloader_num_workers", 1)
+        train_lora.main(train_lora.parse_args([str(o) for o in (*SMALL.split(), *options, *out_options)]))
+        logged = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+        reasons = {row["item"].split(": ")[-1]: row["reason"] for row in logged}
+        assert len(logged) == 4 and reasons.keys() == set(names[1:])
+        assert sum(row["stage"] == "check_data" for row in logged) == at_first
+        assert reasons["missing.png"] == "no such file" and reasons["empty.png"] == "an empty file"
+        assert reasons["cut.png"].startswith("not a readable picture")
+        said = capsys.readouterr().err
+        assert f"left out: {tmp_path / 'annotation.jsonl'}: line 4: missing.png: no such file" in said
+        assert f"{at_first} pictures left out" in said
 
 
 def test_mistakes(pictures, tmp_path):
@@ -289,10 +406,10 @@ def test_mistakes(pictures, tmp_path):
         train_lora.main(train_lora.parse_args(SMALL.split()))
     row = {"file_name": "a.png", "prompt": "p", "type": "positive"}
     for bad, message in (
-        ({"type": "weird"}, "row 2: type is 'weird'"),
+        ({"type": "weird"}, "line 2: type is 'weird'"),
         ({"prompt": 3}, "line 2: field 'prompt' should be str, found 3"),
-        ({"file_name": "../a.png"}, "row 2: '../a.png' leaves the folder"),
-        ({"file_name": "/a.png"}, "row 2: '/a.png' leaves the folder"),
+        ({"file_name": "../a.png"}, "line 2: '../a.png' leaves the folder"),
+        ({"file_name": "/a.png"}, "line 2: '/a.png' leaves the folder"),
         ({}, "no usable picture in .*: no such file"),
     ):
         write_rows(tmp_path / "annotation.jsonl", [row, row | bad])
@@ -330,7 +447,7 @@ def test_shell_script_shares_the_paper_batch_out(pictures, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     settings = json.loads((tmp_path / "work" / "run.json").read_text())["settings"]
-    assert (settings["train_batch_size"], settings["processes"], settings["learning_rate"]) == (20, 2, 1e-5)
+    assert (settings["global_batch"], settings["learning_rate"]) == (40, 1e-5)
     assert (tmp_path / "work" / "pytorch_lora_weights.safetensors").exists()
     done = subprocess.run(command, env=environment | {"processes": "3"}, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be shared out evenly among 3 processes" in done.stderr

@@ -1,0 +1,70 @@
+"""Checkpoints of the LoRA's training, in folders `checkpoint-{step}` that appear whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from utils import lora
+from utils.errors import UserError
+
+
+def save_checkpoint(args, output: Path, step: int, model: str, unet, optimizer, lr_scheduler, accelerator):
+    """Write checkpoint-{step}/ whole or not at all. No process has a state of its own: what is random comes from the pictures."""
+    if not accelerator.is_main_process:
+        return
+    temporary = output / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    lora.save(temporary, unet)
+    state = {
+        "step": step,
+        "model": model,
+        "lora": get_peft_model_state_dict(unet),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    }
+    torch.save(state, temporary / "training_state.pt")
+    shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+    os.replace(temporary, output / f"checkpoint-{step}")
+    if args.checkpoints_total_limit:
+        for path in checkpoints(output)[: -args.checkpoints_total_limit]:
+            shutil.rmtree(path)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Return the checkpoints of a run, the oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def load_checkpoint(args, output: Path, model: str, unet, optimizer, lr_scheduler, accelerator) -> int:
+    """Restore the checkpoint to go on from; return its step, 0 if there is none."""
+    latest = args.resume_from_checkpoint in (None, "latest")
+    candidates = reversed(checkpoints(output)) if latest else [Path(args.resume_from_checkpoint)]
+    for path in candidates:
+        if latest and int(path.name.split("-")[1]) > args.max_train_steps:
+            continue
+        try:
+            state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load fails in many ways
+            reason = f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}"
+            if not latest:
+                raise UserError(f"--resume_from_checkpoint {reason}") from None
+            accelerator.print(reason)
+            continue
+        if state["model"] != model:
+            raise UserError(
+                f"{path}: was trained on other weights than {args.pretrained_model_name_or_path} has now "
+                "(--pretrained_model_name_or_path); use --overwrite or another place"
+            )
+        set_peft_model_state_dict(unet, state["lora"])
+        optimizer.load_state_dict(state["optimizer"])
+        lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if state["scaler"] and accelerator.scaler:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.print(f"going on from {path}")
+        return state["step"]
+    return 0
