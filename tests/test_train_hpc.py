@@ -19,8 +19,8 @@ from utils.errors import UserError
 from utils.images import open_image
 
 WEIGHTS = str(make_data.MODEL.parent / "clip.safetensors")
-SMALL = [*CLIP, "--pretrained", WEIGHTS, *"--unlocked_image_layers 4 --unlocked_text_layers 2 --num_workers 0".split()]
-SMALL += "--learning_rate 1e-3 --batch_size 4 --cpu --mixed_precision no --report_to none".split()
+SMALL = f"""{" ".join(CLIP)} --pretrained {WEIGHTS} --unlocked_image_layers 4 --unlocked_text_layers 2 --num_workers 0
+    --learning_rate 1e-3 --batch_size 4 --cpu --mixed_precision no --report_to none""".split()
 
 
 def run(dataset, output, *options) -> dict:
