@@ -5,11 +5,13 @@
 
 Reads   the parts of --source_dataset, each a zip of 1,000 images and a JSON with their prompts: a subset on the hub
         (large_first_1m, the paper's; 2m_first_1k; large_all; 2m_all; large:2-1001) or a local folder of part-000002.zip ...
-        A hub part is downloaded when its turn comes and stays in the cache: large_first_1m takes 460 GB there.
+        The hub's parts are downloaded ahead of their turn, and removed when their rows are written unless --keep_parts
+        (large_first_1m takes 460 GB); parts that are in the hub's cache already are used, and stay.
 Writes  META_FILE, a row an image: id (part * 1,000,000 + position in the part), prompt, score (100 cos), blurry, part, image
-        (these two name the image for ever), pixels (equal for equal pictures)
+        (these two name the image for ever), pixels (equal for equal pictures; "black" for black ones)
         META_FILE.errors.jsonl (what was skipped, and why), META_FILE.run.json (options, checksums, counts)
-        META_FILE.parts/: the rows of each part, written whole, from which META_FILE is put together when all are there
+        META_FILE.parts/: the rows of each part, written whole, from which META_FILE is put together when all are there;
+        and zips/, the parts that are being scored
 
 Parts are dealt to the processes, part i to rank i mod N, and META_FILE is the same bytes for every N. A killed run loses at
 most the parts in work, and goes on with any N. A part that cannot be read at all is tried again by the next run.
@@ -19,8 +21,11 @@ import argparse
 import hashlib
 import io
 import math
+import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +33,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import diffusiondb, ranks, runs
+from utils import diffusiondb, hub, ranks, runs
 from utils.errors import UserError, one_line_errors
 from utils.images import open_image, to_rgb
 from utils.jsonl import dumps, write_whole
@@ -37,8 +42,13 @@ from utils.jsonl import dumps, write_whole
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source_dataset", default="large_first_1m", help=diffusiondb.SOURCES)
-    parser.add_argument("--cache_dir", help="where the hub's parts are kept (default: the hub's cache)")
     parser.add_argument("--meta_file", default="diffusiondb_hps.jsonl")
+    # Parts from the hub.
+    parser.add_argument(
+        "--prefetch_parts", type=int, default=2, help="downloaded ahead, about 0.5 GB each (default: 2)"
+    )
+    parser.add_argument("--keep_parts", action="store_true", help="keep them in --cache_dir")
+    parser.add_argument("--cache_dir", help="where kept parts are (default: the hub's cache)")
     # The classifier.
     parser.add_argument("--clip_checkpoint", required=True, help="hpc.pth")
     parser.add_argument("--model", help="open_clip name or JSON config (default: the checkpoint's, else ViT-L/14)")
@@ -50,7 +60,7 @@ def parse_args(argv=None):
     )
     # Machinery.
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images")
+    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images, 80 a second each")
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace rows made with other options")
     ranks.add_arguments(parser)
@@ -60,8 +70,8 @@ def parse_args(argv=None):
 def main(args):
     started = time.time()
     rank, world_size = ranks.rank_and_world_size(args)
-    if args.batch_size < 1 or args.num_workers < 0:
-        raise UserError(f"--batch_size {args.batch_size} and --num_workers {args.num_workers}: at least 1 and 0")
+    if args.batch_size < 1 or min(args.num_workers, args.prefetch_parts) < 0:
+        raise UserError("--batch_size is at least 1, --num_workers and --prefetch_parts at least 0")
     parts = diffusiondb.find_parts(args.source_dataset)
     mine = parts[rank::world_size]
 
@@ -75,8 +85,7 @@ def main(args):
 
     # Score the missing parts of this rank.
     todo = [part for part in mine if not file_of(args, part).exists()]
-    for part, rows, errors in score_parts(todo, scorer, args, show=rank == 0):
-        save_part(args, part, rows, errors)
+    score_parts(todo, scorer, args, rank)
 
     # The rank that finds every part there puts the rows together.
     if all(file_of(args, part).exists() or file_of(args, part, FAILED).exists() for part in parts):
@@ -100,6 +109,11 @@ ERRORS, FAILED = ".errors.jsonl", ".failed.jsonl"
 def file_of(args, part: diffusiondb.Part, kind: str = ".jsonl") -> Path:
     """Return the file of a part's rows, or its ERRORS; FAILED stands in for the rows of a part that cannot be read."""
     return Path(f"{args.meta_file}.parts", f"part-{part.number:06d}{kind}")
+
+
+def zips(args) -> Path:
+    """Return the folder for parts from the hub that are not kept."""
+    return Path(f"{args.meta_file}.parts", "zips")
 
 
 def begin(args, scorer, mine: list[diffusiondb.Part]) -> dict:
@@ -160,6 +174,7 @@ def merge(args, parts: list[diffusiondb.Part]) -> dict:
 
     write_whole(f"{args.meta_file}.errors.jsonl", errors())
     write_whole(args.meta_file, rows())
+    shutil.rmtree(zips(args), ignore_errors=True)  # what killed runs have left there
     return counts
 
 
@@ -170,15 +185,17 @@ class Done(NamedTuple):
     """All rows of a part have been handed out, or, if it has failed, there are none."""
 
     part: diffusiondb.Part
+    path: str | None
     errors: list[dict]
     failed: bool
 
 
-def score_parts(parts: list[diffusiondb.Part], scorer, args, show: bool) -> Iterator[tuple]:
-    """Yield (part, rows, errors) for each part in turn; rows is None for one that cannot be read.
+def score_parts(parts: list[diffusiondb.Part], scorer, args, rank: int):
+    """Score the parts in turn, writing the rows of each as soon as its last image is scored.
 
-    One DataLoader runs through all parts, so the workers decode the next part while this one is finished. A batch never
-    holds images of two parts, so no score depends on which parts a process was dealt.
+    One DataLoader runs through all parts, so the workers decode the next part while this one is finished; prompts are
+    encoded and rows written in a thread, so the next part's images need not wait either. A batch never holds images of
+    two parts, so no score depends on which parts a process was dealt.
     """
     from torch.utils.data import DataLoader
 
@@ -186,45 +203,76 @@ def score_parts(parts: list[diffusiondb.Part], scorer, args, show: bool) -> Iter
         return
     loader = DataLoader(
         Pictures(scorer.preprocess, args.blur_threshold),
-        sampler=batches(parts, args.batch_size, args.cache_dir),
+        sampler=batches(parts, args, zips(args) / str(rank)),
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=args.num_workers,
         pin_memory=scorer.device.type == "cuda",
     )
-    bar = tqdm(desc="scoring", unit="image", disable=not show)
+    finishing = None
     decoded, features, errors = [], [], []
-    for result in loader:
-        if not isinstance(result, Done):
+    with ThreadPoolExecutor(1) as finisher, tqdm(desc="scoring", unit="image", disable=rank != 0) as bar:
+        for result in loader:
+            if isinstance(result, Done):
+                if finishing:
+                    finishing.result()
+                finishing = finisher.submit(finish_part, result, decoded, features, errors, scorer, args)
+                decoded, features, errors = [], [], []
+                bar.set_postfix_str(result.part.name)
+                continue
             found, pixels, problems = result
             if found:
                 features.append(scorer.encode_images(pixels))
             decoded += found
             errors += problems
             bar.update(len(found) + len(problems))
-            continue
-        rows = None if result.failed else make_rows(result.part, decoded, features, errors, scorer)
-        yield result.part, rows, result.errors + errors
-        decoded, features, errors = [], [], []
-        bar.set_postfix_str(result.part.name)
-    bar.close()
+        finishing.result()
 
 
-def batches(parts: list[diffusiondb.Part], batch_size: int, cache_dir: str | None) -> Iterator:
+def finish_part(done: Done, decoded: list, features: list, errors: list[dict], scorer, args):
+    """Write a part's rows and, if it is one that came for this run only, remove its zip."""
+    rows = None if done.failed else make_rows(done.part, decoded, features, errors, scorer)
+    save_part(args, done.part, rows, done.errors + errors)
+    if done.path and Path(done.path).is_relative_to(zips(args)):
+        hub.remove(done.path)
+
+
+def batches(parts: list[diffusiondb.Part], args, folder: Path) -> Iterator:
     """Yield each part as batches (part, path, rows) and a Done; the DataLoader asks a few batches ahead of the scoring."""
-    for part in parts:
+    for part, fetching in fetch_ahead(parts, args, folder):
+        path = None
         try:
-            path = diffusiondb.fetch(part, cache_dir)
+            path = fetching.result()
             with diffusiondb.open_part(path) as archive:
                 rows, problems = diffusiondb.read_rows(archive, part.number)
         except UserError:
             raise
         except ValueError as why:
-            yield Done(part, [error_row(part, "", "open", str(why))], failed=True)
+            yield Done(part, path, [error_row(part, "", "open", str(why))], failed=True)
             continue
-        for start in range(0, len(rows), batch_size):
-            yield part, path, rows[start : start + batch_size]
-        yield Done(part, [error_row(part, image, "index", why) for image, why in problems], failed=False)
+        for start in range(0, len(rows), args.batch_size):
+            yield part, path, rows[start : start + args.batch_size]
+        yield Done(part, path, [error_row(part, image, "index", why) for image, why in problems], failed=False)
+
+
+def fetch_ahead(parts: list[diffusiondb.Part], args, folder: Path) -> Iterator[tuple[diffusiondb.Part, Future]]:
+    """Yield each part with its path to be, while the next `--prefetch_parts` are on their way into `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run of this rank has left there
+
+    def fetch(part):
+        kept = args.keep_parts or not part.on_hub or diffusiondb.cached(part, args.cache_dir)
+        return diffusiondb.fetch(part, args.cache_dir if kept else str(folder))
+
+    pool = ThreadPoolExecutor(max(args.prefetch_parts, 1))
+    try:
+        ahead = deque()
+        for part in parts:
+            ahead.append((part, pool.submit(fetch, part)))
+            if len(ahead) > args.prefetch_parts:
+                yield ahead.popleft()
+        yield from ahead
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Pictures:
@@ -294,7 +342,9 @@ def is_blurry(image: Image.Image, threshold: float) -> bool:
 
 
 def fingerprint(image: Image.Image) -> str:
-    """Return 16 hexadecimal digits that are equal for equal pictures."""
+    """Return 16 hexadecimal digits that are equal for equal pictures, or "black" for what is nothing but black."""
+    if image.getbbox() is None:
+        return "black"
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
 

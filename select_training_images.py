@@ -3,14 +3,17 @@
     python select_training_images.py --positive_folder positive --negative_folder negative \\
         --meta_file diffusiondb_hps.jsonl --output_meta annotation.jsonl
     python select_training_images.py --meta_file diffusiondb_hps.jsonl --dry_run       # only says what it would choose
+    python select_training_images.py --meta_file diffusiondb_hps.jsonl --dry_run --report report    # and shows it
 
-Reads   META_FILE, as process_diffusiondb.py writes it, and the chosen images from the zips that it was made of
+Reads   META_FILE, as process_diffusiondb.py writes it, and the chosen images from the zips that it was made of. Zips of the
+        hub that are not in its cache are read there by range requests: the chosen images and the lists, nothing else.
 Writes  POSITIVE_FOLDER/ and NEGATIVE_FOLDER/: the chosen images as JPEG, named by part and image, transparency on white
         OUTPUT_META, a row a chosen image, when all are there: id (of META_FILE), file_name (relative to OUTPUT_META's own
         folder, in which both folders lie), prompt, type (positive or negative), confidence (p below), batch_size (n below)
         OUTPUT_META.errors.jsonl (chosen, but not readable), OUTPUT_META.run.json (options, counts)
+        with --report FOLDER: FOLDER/index.html, what was dropped and why, histograms, and examples with their siblings
 
-Blurry images and repeated pictures are dropped, then prompts with fewer than --min_images. Among the n images of a prompt
+Black and blurry images and repeated pictures are dropped, then prompts with fewer than --min_images. Among the n images of a prompt
 (paper, section 5.1)
 
     p_i = exp(HPS_i) / sum_j exp(HPS_j)        positive: the image of the largest p, if p > threshold / n
@@ -38,7 +41,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from tqdm import tqdm
 
-from utils import diffusiondb, jsonl, runs
+from utils import diffusiondb, jsonl, runs, selection_report
 from utils.errors import UserError, one_line_errors
 from utils.images import open_image, to_rgb
 
@@ -67,6 +70,9 @@ def parse_args(argv=None):
     # The rule.
     parser.add_argument("--min_images", type=int, default=4, help="a prompt needs so many")
     parser.add_argument("--threshold", type=float, default=2.0, help="an image is chosen if p > threshold / n")
+    parser.add_argument(
+        "--normalize_prompts", action="store_true", help="take prompts that differ in case or space for one"
+    )
     # How many; the paper trained on 37,572 positives and 21,108 negatives, about half of the negatives that it had.
     parser.add_argument("--num_positive", type=int, help="keep so many, drawn at random (default: all)")
     parser.add_argument("--num_negative", type=int, help="keep so many, drawn at random (default: all)")
@@ -74,7 +80,8 @@ def parse_args(argv=None):
     # Machinery.
     parser.add_argument("--quality", type=int, default=95, help="of the JPEG")
     parser.add_argument("--num_workers", type=int, default=4, help="processes that decode and save images")
-    parser.add_argument("--dry_run", action="store_true", help="print counts and a histogram, write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print counts and a histogram, select nothing")
+    parser.add_argument("--report", help="write a page with histograms and examples into this folder")
     parser.add_argument("--overwrite", action="store_true", help="replace a selection made with other options")
     return parser.parse_args(argv)
 
@@ -87,6 +94,9 @@ def main(args):
     meta = read_meta(args.meta_file)
     groups, counts = group_by_prompt(meta, args)
     best, worst = stand_out(groups, +1), stand_out(groups, -1)
+    source = args.source_dataset or recorded_source(args.meta_file)
+    if args.report:
+        report(meta, groups, best, worst, counts, source, args)
     if args.dry_run:
         describe(best, worst, counts)
         return
@@ -98,9 +108,8 @@ def main(args):
         raise UserError(f"{args.meta_file}: no image has p > {args.threshold:g} / n; --dry_run shows what would do")
 
     # Save what is not there yet, refusing to mix it with another selection.
-    source = args.source_dataset or recorded_source(args.meta_file)
     record = begin(args, source)
-    errors = save_images(winners, source, args)
+    errors, fetched = save_images(winners, source, args)
 
     # List what was saved, last of all.
     rows = sorted((w for w in winners if name(w) not in errors), key=lambda w: (w["part"], w["image"]))
@@ -110,11 +119,12 @@ def main(args):
         )
     write_annotation(rows, errors, args)
     counts |= {kind: sum(row["type"] == kind for row in rows) for kind in ("positive", "negative")}
-    counts["errors"] = len(errors)
+    counts |= {"errors": len(errors), "fetched_bytes": fetched}
     runs.finish(f"{args.output_meta}.run.json", record, **counts, seconds=round(time.time() - started, 1))
     print(
         f"{counts['positive']} positive and {counts['negative']} negative images of {counts['prompts']} prompts in {args.output_meta}"
         + (f"; {len(errors)} could not be read, see {args.output_meta}.errors.jsonl" if errors else "")
+        + (f"; {fetched / 1e6:,.1f} MB came from the hub" if fetched else "")
     )
 
 
@@ -203,16 +213,23 @@ def group_by_prompt(meta: pa.Table, args) -> tuple[Groups, dict[str, int]]:
         i = int(np.argmax(again & differ))
         raise UserError(f"{args.meta_file}: image {image[i]} of part {part[i]} has two different rows")
     again = np.concatenate([[False], again])
-    counts |= {"repeated_rows": int(again.sum()), "blurry": int((blurry & ~again).sum())}
-    rows = np.flatnonzero(~again & ~blurry)
+    code = meta["pixels"].combine_chunks().dictionary.index("black").as_py()
+    black = (pixels == code) & (code >= 0)
+    counts |= {"repeated_rows": int(again.sum()), "black": int((black & ~again).sum())}
+    counts["blurry"] = int((blurry & ~black & ~again).sum())
+    rows = np.flatnonzero(~again & ~black & ~blurry)
 
-    # Of equal pictures the first one stays. (A black picture is a blurry one.)
+    # Of equal pictures the first one stays.
     known = pixels[rows] >= 0
     first = np.unique(pixels[rows[known]], return_index=True)[1]
     counts["repeated_pictures"] = int(known.sum()) - len(first)
     rows = np.sort(np.concatenate([rows[~known], rows[known][first]]))
 
     # Group by prompt.
+    if args.normalize_prompts:
+        same = normalized(meta["prompt"].combine_chunks().dictionary)
+        counts["merged_prompts"] = len(same) - (int(same.max(initial=-1)) + 1)
+        prompt = same[prompt]
     enough = np.bincount(prompt[rows], minlength=1) >= args.min_images
     counts["in_prompts_with_too_few"] = len(rows)
     rows = rows[enough[prompt[rows]]]
@@ -222,6 +239,12 @@ def group_by_prompt(meta: pa.Table, args) -> tuple[Groups, dict[str, int]]:
     sizes = np.diff(starts, append=len(rows))
     counts |= {"images": len(rows), "prompts": len(starts)}
     return Groups(rows, score[rows], starts, sizes), counts
+
+
+def normalized(prompts: pa.Array) -> np.ndarray:
+    """Return a number for each prompt, the same for those that differ only in case or white space."""
+    known = {}
+    return np.array([known.setdefault(" ".join(p.casefold().split()), len(known)) for p in prompts.to_pylist()], int)
 
 
 class Outstanding(NamedTuple):
@@ -262,12 +285,36 @@ def describe(best: Outstanding, worst: Outstanding, counts: dict[str, int]):
     """Print how many rows were dropped and why, and what each threshold would choose."""
     for what, count in counts.items():
         print(f"{count:12,}  {what.replace('_', ' ')}")
-    edges = np.array([1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10])
+    passing = what_passes(best, worst)
     print("\n threshold    positive    negative    images whose p * n lies between this threshold and the next")
-    passing = np.array([[(side.p * side.n > edge).sum() for side in (best, worst)] for edge in edges])
-    between = -np.diff(passing.sum(1), append=0)
-    for edge, (positive, negative), count in zip(edges, passing, between, strict=True):
+    between = -np.diff([positive + negative for _, positive, negative in passing], append=0)
+    for (edge, positive, negative), count in zip(passing, between, strict=True):
         print(f"{edge:10.2f}{positive:12,}{negative:12,}    {'#' * round(60 * count / max(between.max(), 1))}")
+
+
+def what_passes(best: Outstanding, worst: Outstanding) -> list[tuple[float, int, int]]:
+    """Return (threshold, positives, negatives) for a few thresholds."""
+    edges = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10)
+    return [(edge, *(int((side.p * side.n > edge).sum()) for side in (best, worst))) for edge in edges]
+
+
+def report(meta: pa.Table, groups: Groups, best: Outstanding, worst: Outstanding, counts: dict, source: str, args):
+    """Write the page of --report."""
+    sides = {"positive": best, "negative": worst}
+    parts = {part.number: part for part in diffusiondb.find_parts(source)}
+
+    def open_part(number: int):
+        if number not in parts:
+            raise ValueError(f"there is no part {number} in {source}")
+        return diffusiondb.open_part_anywhere(parts[number], args.cache_dir)
+
+    counts = dict(counts)
+    for kind, side in sides.items():
+        chosen = int((side.p > args.threshold / side.n).sum())
+        counts |= {f"prompts_below_the_threshold_{kind}": len(side.p) - chosen, f"chosen_{kind}": chosen}
+    passing = what_passes(best, worst)
+    selection_report.write(args.report, sides, groups, meta, counts, passing, args.threshold, open_part)
+    print(f"{args.report}/index.html shows the histograms and examples")
 
 
 # --- the images ---
@@ -285,7 +332,7 @@ def begin(args, source: str) -> dict:
     """Record what the selection depends on, or go on with the same; `--overwrite` removes the images of another."""
     record_path, output = Path(f"{args.output_meta}.run.json"), Path(args.output_meta)
     folders = [Path(args.positive_folder), Path(args.negative_folder)]
-    rule = ("min_images", "threshold", "num_positive", "num_negative", "seed", "quality")
+    rule = ("min_images", "threshold", "normalize_prompts", "num_positive", "num_negative", "seed", "quality")
     settings = {
         "meta_sha256": runs.sha256(args.meta_file),
         "source_dataset": diffusiondb.name_source(source),
@@ -304,8 +351,11 @@ def begin(args, source: str) -> dict:
     return runs.begin(record_path, settings, args.overwrite)
 
 
-def save_images(winners: list[dict], source: str, args) -> dict[str, str]:
-    """Save the images that are not there yet, in the order of their zips; return why some could not be."""
+def save_images(winners: list[dict], source: str, args) -> tuple[dict[str, str], int]:
+    """Save the images that are not there yet, in the order of their zips.
+
+    Return why some could not be, and how many bytes came from the hub.
+    """
     parts = {part.number: part for part in diffusiondb.find_parts(source)}
     todo, errors = {}, {}
     for winner in winners:
@@ -314,42 +364,50 @@ def save_images(winners: list[dict], source: str, args) -> dict[str, str]:
         elif not target(winner, args).exists():
             todo.setdefault(winner["part"], []).append((winner["image"], winner["prompt"], str(target(winner, args))))
     jobs = [(parts[number], images) for number, images in sorted(todo.items())]
+    fetched = 0
     bar = tqdm(total=sum(len(images) for _, images in jobs), desc="saving", unit="image", disable=not jobs)
     work = partial(save_part, cache_dir=args.cache_dir, quality=args.quality)
     # Processes, as decoding keeps Python's lock; spawned, as Arrow's threads do not survive a fork.
     workers = min(args.num_workers, len(jobs))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn) if workers > 1 else nullcontext() as pool:
-        for (part, images), failed in zip(jobs, (pool.map if pool else map)(work, jobs), strict=True):
+        for (part, images), (failed, size) in zip(jobs, (pool.map if pool else map)(work, jobs), strict=True):
             errors |= {name({"part": part.number, "image": image}): why for image, why in failed.items()}
+            fetched += size
             bar.update(len(images))
     bar.close()
-    return errors
+    return errors, fetched
 
 
-def save_part(job: tuple, cache_dir: str | None, quality: int) -> dict[str, str]:
-    """Save images (image, prompt, file) of one part as JPEG, each whole or not at all; return why some could not be."""
+def save_part(job: tuple, cache_dir: str | None, quality: int) -> tuple[dict[str, str], int]:
+    """Save images (image, prompt, file) of one part as JPEG, each whole or not at all, in the order of the zip.
+
+    Return why some could not be, and how many bytes came from the hub.
+    """
     part, images = job
     errors = {}
     try:
-        archive = diffusiondb.open_part(diffusiondb.fetch(part, cache_dir))
+        archive = diffusiondb.open_part_anywhere(part, cache_dir)
         prompts = {row.image: row.prompt for row in diffusiondb.read_rows(archive, part.number)[0]}
     except UserError:
         raise
     except ValueError as why:
-        return {image: str(why) for image, _, _ in images}
-    for image, prompt, file in images:
+        return {image: str(why) for image, _, _ in images}, 0
+    offsets = {info.filename: info.header_offset for info in archive.infolist()}
+    for image, prompt, file in sorted(images, key=lambda job: offsets.get(job[0], 0)):
         encoded = io.BytesIO()
         try:
             if prompts.get(image) != prompt:
                 raise ValueError("of another prompt in this source, or of none")
             picture = open_image(io.BytesIO(diffusiondb.read_image(archive, image)))
             to_rgb(picture).save(encoded, "JPEG", quality=quality)
+        except UserError:
+            raise
         except Exception as why:  # one strange picture must not stop the others
             errors[image] = diffusiondb.reason(why)
             continue
         jsonl.write_whole(file, encoded.getvalue())
-    return errors
+    return errors, getattr(archive.fp, "fetched", 0)
 
 
 def name(winner: dict) -> str:

@@ -4,16 +4,17 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import tracemalloc
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hub_stand_in import Hub
 from parts import write_part, write_zip
 
 from utils import diffusiondb
+from utils import hub as hub_files
 from utils.errors import UserError
 
 
@@ -171,58 +172,98 @@ def test_members_that_cannot_be_read(tmp_path):
             tracemalloc.stop()
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Serves a folder as the hub serves a data set repository."""
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body: bool):
-        prefix = "/datasets/poloclub/diffusiondb/resolve/main/"
-        path = self.server.folder / self.path.removeprefix(prefix)
-        found = self.path.startswith(prefix) and path.is_file()
-        content = path.read_bytes() if found else b""
-        self.send_response(200 if found else 404)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if found:
-            self.send_header("ETag", '"1234"')
-        else:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 def test_parts_come_from_the_hub(tmp_path):
     part = write_part(tmp_path / "hub" / "images", 2, [("a.webp", "x", b"picture")])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder = tmp_path / "hub"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def fetch(source, offline="0"):
+    def fetch(source, environment):
         """Fetch in another process, as the hub's library reads its address on import."""
         code = (
             "import sys; from utils import diffusiondb; from utils.errors import UserError\n"
             "try: print(diffusiondb.fetch(diffusiondb.find_parts(sys.argv[1])[0], sys.argv[2]))\n"
             "except ValueError as error: print(type(error).__name__, error)"
         )
-        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": offline}
         command = [sys.executable, "-c", code, source, str(tmp_path / "cache")]
         root = Path(__file__).parent.parent
+        environment = os.environ | environment
         done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()[-1]
 
-    fetched = Path(fetch("2m_first_1k"))
-    assert fetched.read_bytes() == part.read_bytes() and fetched.is_relative_to(tmp_path / "cache")
-    assert fetch("2m:3") == "ValueError the hub has no such part"
-    server.shutdown()
-    server.server_close()
-    assert Path(fetch("2m:2")) == fetched  # from the cache
-    assert fetch("2m:4", offline="1").startswith("UserError poloclub/diffusiondb: images/part-000004.zip: ")
+    with Hub(tmp_path / "hub") as hub:
+        fetched = Path(fetch("2m_first_1k", hub.environment()))
+        assert fetched.read_bytes() == part.read_bytes() and fetched.is_relative_to(tmp_path / "cache")
+        assert fetch("2m:3", hub.environment()) == "ValueError the hub has no such part"
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert Path(fetch("2m:2", offline)) == fetched  # from the cache
+    assert fetch("2m:4", offline).startswith("UserError poloclub/diffusiondb: images/part-000004.zip: ")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub, for calls in this process."""
+    with Hub(tmp_path / "hub") as hub:
+        hub.use(monkeypatch)
+        yield hub
+
+
+def write_hub_part(tmp_path) -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    images = {f"{i:02d}.png": rng.bytes(20000 + 1000 * i) for i in range(60)}
+    write_part(tmp_path / "hub" / "images", 2, [(name, f"prompt {name}", content) for name, content in images.items()])
+    return images
+
+
+@pytest.mark.parametrize("fault", [None, "drop", "cut", "503", "damage"])
+def test_members_of_zips_on_the_hub_are_read_by_range_requests(tmp_path, hub, fault):
+    images = write_hub_part(tmp_path)
+    path = "images/part-000002.zip"
+    whole = (tmp_path / "hub" / path).read_bytes()
+    archive = diffusiondb.open_part_anywhere(diffusiondb.find_parts("2m:2")[0], tmp_path / "cache")
+    rows, problems = diffusiondb.read_rows(archive, 2)
+    assert [row.image for row in rows] == list(images) and not problems
+    before = archive.fp.fetched
+    wanted = ["03.png", "21.png", "22.png"]
+    for i, name in enumerate(wanted):
+        if fault and i == 1:
+            hub.faults[path] = [fault]
+        if fault == "damage" and i == 1:  # within an answer of the right length, which the zip's checksum tells
+            with pytest.raises(ValueError, match="not readable in the zip"):
+                diffusiondb.read_image(archive, name)
+            continue
+        assert diffusiondb.read_image(archive, name) == images[name]
+    needed = sum(archive.getinfo(name).compress_size for name in wanted)
+    assert needed <= archive.fp.fetched - before < needed + 30000  # a cut answer comes twice, by half
+    assert archive.fp.fetched < needed + 30000 + hub_files.TAIL < len(whole)
+    assert not hub.tokens and hub.faults[path] == []
+
+
+def test_what_the_hub_refuses_or_lacks(tmp_path, hub, capsys):
+    write_hub_part(tmp_path)
+    path = "images/part-000002.zip"
+    part, absent = diffusiondb.find_parts("2m:2-3")
+    with pytest.raises(ValueError, match="the hub has no such part") as caught:
+        diffusiondb.open_part_anywhere(absent, tmp_path / "cache")
+    assert not isinstance(caught.value, UserError)
+    hub.refusals[path] = ["403"]
+    with pytest.raises(UserError, match="403"):
+        diffusiondb.open_part_anywhere(part, tmp_path / "cache")
+    hub.refusals[path] = ["503"] * 3
+    capsys.readouterr()
+    with pytest.raises(UserError, match="503.*run the same command again"):
+        diffusiondb.open_part_anywhere(part, tmp_path / "cache")
+    assert capsys.readouterr().err.count("trying again") == 2
+    assert len(diffusiondb.open_part_anywhere(part, tmp_path / "cache").namelist()) == 61
+
+
+def test_damaged_downloads_are_fetched_again_and_never_kept(tmp_path, hub):
+    write_hub_part(tmp_path)
+    path = "images/part-000002.zip"
+    part = diffusiondb.find_parts("2m:2")[0]
+    hub.faults[path] = ["damage"] * 3
+    with pytest.raises(UserError, match="SHA-256"):
+        diffusiondb.fetch(part, tmp_path / "cache")
+    assert diffusiondb.cached(part, tmp_path / "cache") is None
+    hub.faults[path] = ["damage"]
+    fetched = diffusiondb.fetch(part, tmp_path / "cache")
+    assert Path(fetched).read_bytes() == (tmp_path / "hub" / path).read_bytes()
+    hub_files.remove(fetched)
+    assert not list((tmp_path / "cache").rglob("part-*")) and not list((tmp_path / "cache").rglob("blobs/*"))

@@ -3,8 +3,9 @@
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hub_stand_in import Hub
 from parts import CONFIG, encode, read_rows, write_checkpoint, write_part, write_parts, write_zip
 from PIL import Image, ImageFilter
 
@@ -103,25 +105,127 @@ def test_same_bytes_for_any_number_of_ranks_and_workers(world_path):
             assert row == reference
 
 
-def test_goes_on_after_kill_9(tmp_path):
-    write_parts(tmp_path / "parts", numbers=range(2, 14))
+FORKS = multiprocessing.get_context("forkserver")  # processes that need not import everything anew
+FORKS.set_forkserver_preload(["test_process_diffusiondb", "utils.hps"])
+
+
+def start(*arguments, **options):
+    torch.set_num_threads(1)
+    process = FORKS.Process(target=run, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def test_goes_on_after_kill_9_at_any_moment(tmp_path, kills=5):
+    write_parts(tmp_path / "parts", numbers=range(2, 10))
     write_checkpoint(tmp_path / "hpc.pth")
     reference = run(tmp_path, meta="reference.jsonl")
+    start(tmp_path, meta="warm.jsonl").join()
+    started = time.time()
+    start(tmp_path, meta="timed.jsonl").join()
+    seconds = time.time() - started
 
-    command = [sys.executable, ROOT / "process_diffusiondb.py", "--clip_checkpoint", tmp_path / "hpc.pth"]
-    command += ["--source_dataset", tmp_path / "parts", "--meta_file", tmp_path / "meta.jsonl", "--num_workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "meta.jsonl.parts"
-    while process.poll() is None and len(list(folder.glob("part-??????.jsonl"))) < 3:
+    rng, interrupted = np.random.default_rng(), 0
+    for kill in range(kills):
+        meta = tmp_path / f"{kill}.jsonl"
+        process = start(tmp_path, meta=meta.name, workers=int(kill == 2))
+        process.join((kill + rng.random()) / kills * seconds)
+        process.kill()
+        process.join()
+        interrupted += not meta.exists()
+        done = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"{meta.name}.parts/part-??????.jsonl")}
+        run(tmp_path, meta=meta.name)
+        assert all(path.stat().st_mtime_ns == made for path, made in done.items())
+        for end in ("", ".errors.jsonl"):
+            assert Path(f"{meta}{end}").read_bytes() == Path(f"{reference}{end}").read_bytes()
+        assert not list(tmp_path.glob(f"{meta.name}.parts/zips"))
+    assert interrupted
+
+
+def test_ranks_at_the_same_time_and_one_that_dies(tmp_path):
+    write_parts(tmp_path / "parts", numbers=range(2, 10))
+    write_checkpoint(tmp_path / "hpc.pth")
+    reference = run(tmp_path, meta="reference.jsonl").read_bytes()
+
+    def start_ranks(meta):
+        return [start(tmp_path, "--world_size", 3, "--rank", rank, meta=meta) for rank in range(3)]
+
+    for process in start_ranks("meta.jsonl"):
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "meta.jsonl").read_bytes() == reference
+
+    ranks = start_ranks("other.jsonl")
+    while not (tmp_path / "other.jsonl.parts" / "part-000003.jsonl").exists():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "meta.jsonl").exists()
-    done = {path: path.stat().st_mtime_ns for path in folder.glob("part-??????.jsonl")}
-    assert 3 <= len(done) < 12
-    meta = run(tmp_path)
-    assert all(path.stat().st_mtime_ns == made for path, made in done.items())
-    assert meta.read_bytes() == reference.read_bytes()
+    ranks[1].kill()
+    for process in ranks:
+        process.join()
+    assert not (tmp_path / "other.jsonl").exists()
+    for rank in (0, 1):
+        run(tmp_path, "--world_size", 2, "--rank", rank, meta="other.jsonl")
+    assert (tmp_path / "other.jsonl").read_bytes() == reference
+
+
+def test_a_full_disk_is_one_line_and_what_is_there_stays(world_path, capsys):
+    """A file of rows that is a link to /dev/full has a full disk."""
+    reference = run(world_path, meta="reference.jsonl")
+    folder = world_path / "meta.jsonl.parts"
+    folder.mkdir()
+    full = folder / f".part-000003.jsonl.{os.uname().nodename}.{os.getpid()}.tmp"
+    full.symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        run(world_path)
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and printed.startswith("error: ") and "No space left on device" in printed
+    assert {path.name for path in folder.glob("part-??????.jsonl")} == {"part-000002.jsonl"}
+    assert run(world_path).read_bytes() == reference.read_bytes()
+
+
+def test_parts_come_from_a_failing_hub_and_go_again(tmp_path, monkeypatch, capfd):
+    write_parts(tmp_path / "hub" / "images", numbers=(2, 3, 4, 5, 6))
+    write_checkpoint(tmp_path / "hpc.pth")
+    reference = run(tmp_path, parts="hub/images", meta="reference.jsonl")
+    left_behind = tmp_path / "meta.jsonl.parts" / "zips" / "0" / "part.incomplete"
+    left_behind.parent.mkdir(parents=True)
+    left_behind.touch()
+    hub_options = ["--source_dataset", "2m:2-6", "--cache_dir", tmp_path / "cache"]
+    with Hub(tmp_path / "hub") as hub, monkeypatch.context() as patch:
+        hub.use(patch)
+        hub.faults["images/part-000002.zip"] = ["drop"]
+        hub.faults["images/part-000003.zip"] = ["cut", "damage"]
+        hub.faults["images/part-000004.zip"] = ["503"]
+        hub.refusals["images/part-000005.zip"] = ["503"]
+        meta = run(tmp_path, *hub_options, workers=1)
+        assert "SHA-256" in (said := capfd.readouterr().err) and said.count("trying again") >= 2
+        assert not any(hub.faults.values()) and not any(hub.refusals.values()) and not hub.tokens
+        for end in ("", ".errors.jsonl"):
+            assert Path(f"{meta}{end}").read_bytes() == Path(f"{reference}{end}").read_bytes()
+        assert not list((tmp_path / "cache").rglob("part-*")) and not Path(f"{meta}.parts", "zips").exists()
+
+        run(tmp_path, *hub_options, "--keep_parts", "--prefetch_parts", 0, meta="kept.jsonl")
+        assert len(list((tmp_path / "cache").rglob("part-*.zip"))) == 5
+    # Kept ones need not come again, and stay.
+    offline = run(tmp_path, *hub_options, meta="offline.jsonl")
+    assert offline.read_bytes() == reference.read_bytes()
+    assert len(list((tmp_path / "cache").rglob("part-*.zip"))) == 5
+
+
+def test_no_more_parts_lie_on_disk_than_asked_for(tmp_path, monkeypatch):
+    write_parts(tmp_path / "hub" / "images", numbers=range(2, 12))
+    write_checkpoint(tmp_path / "hpc.pth")
+    most, finish_part = 0, stage.finish_part
+
+    def count_and_finish(*arguments):
+        nonlocal most
+        most = max(most, len(list((tmp_path / "meta.jsonl.parts" / "zips").rglob("part-*.zip"))))
+        finish_part(*arguments)
+
+    monkeypatch.setattr(stage, "finish_part", count_and_finish)
+    with Hub(tmp_path / "hub") as hub:
+        hub.use(monkeypatch)
+        run(tmp_path, "--source_dataset", "2m:2-11", "--prefetch_parts", 3)
+    assert 2 <= most <= 3 + 3  # ahead, in work, being finished, and the next one asked for
 
 
 def test_refuses_to_mix_and_overwrites_on_request(world_path):
@@ -275,7 +379,10 @@ def test_blur_agrees_with_a_plain_loop():
 def test_workers_may_be_spawned(world_path):
     scorer = hps.load(world_path / "hpc.pth")
     pictures = pickle.loads(pickle.dumps(stage.Pictures(scorer.preprocess, 10)))
-    part, path, rows = next(stage.batches(stage.diffusiondb.find_parts(world_path / "parts"), 4, None))
+    args = stage.parse_args(["--clip_checkpoint", "", "--batch_size", "4"])
+    part, path, rows = next(
+        stage.batches(stage.diffusiondb.find_parts(world_path / "parts"), args, world_path / "zips")
+    )
     found, pixels, errors = pictures[part, path, rows]
     assert (len(found), pixels.shape, len(errors)) == (3, (3, 3, 32, 32), 1)
     assert pickle.loads(pickle.dumps(stage.as_it_is)) is stage.as_it_is
@@ -292,7 +399,7 @@ def test_mistakes_are_one_line_and_exit_code_2(world_path, capsys):
         "not named like": ["--source_dataset", world_path / "unnamed"],
         "made with the model": ["--model", "ViT-B-32"],
         "--rank 2 and --world_size 2": ["--rank", "2", "--world_size", "2"],
-        "--batch_size 0": ["--batch_size", "0"],
+        "--batch_size is at least 1": ["--batch_size", "0"],
         "Not a directory": ["--meta_file", world_path / "file" / "meta.jsonl"],
     }
     for said, options in mistakes.items():

@@ -8,7 +8,6 @@ Nothing in a zip is trusted: only root members that the JSON names are read, and
 ValueError saying why; rows that make no sense come back as values, beside the good ones.
 """
 
-import errno
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
+from utils import hub
 from utils.errors import UserError
 
 REPOSITORY = "poloclub/diffusiondb"
@@ -101,36 +101,37 @@ def local_parts(folder: Path) -> list[Part]:
     return [found[number] for number in sorted(found)]
 
 
+def cached(part: Part, cache_dir: str | None = None) -> str | None:
+    """Return the path of a part's zip if it is on this machine."""
+    return hub.cached(REPOSITORY, part.path, cache_dir) if part.on_hub else part.path
+
+
 def fetch(part: Part, cache_dir: str | None = None) -> str:
-    """Return the path of a part's zip on this machine; the hub's are downloaded first, into the hub's cache.
-
-    Raises ValueError if the hub has no such part, UserError if it cannot be asked.
-    """
-    if not part.on_hub:
-        return part.path
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return hf_hub_download(REPOSITORY, part.path, repo_type="dataset", cache_dir=cache_dir)
-    except Exception as error:  # the hub's own errors, its HTTP library's, the operating system's
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise ValueError("the hub has no such part") from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{REPOSITORY}: {part.path}: {reason} (run the same command again to go on)") from None
+    """Return the path of a part's zip on this machine; the hub's are downloaded first (see `hub.download`)."""
+    return hub.download(REPOSITORY, part.path, cache_dir) if part.on_hub else part.path
 
 
 # --- what is in them ---
 
 
-def open_part(path: str) -> ZipFile:
+def open_part(path: str | hub.RangeFile) -> ZipFile:
     """Open a part's zip; ValueError if it is none."""
     try:
         return ZipFile(path)
+    except UserError:
+        raise
     except Exception as error:  # a damaged directory of members makes zipfile raise nearly anything
         raise ValueError(f"not a readable zip: {reason(error)}") from None
+
+
+def open_part_anywhere(part: Part, cache_dir: str | None = None) -> ZipFile:
+    """Open a part's zip: on this machine if it is there, else on the hub, read by range requests."""
+    if path := cached(part, cache_dir):
+        return open_part(path)
+    file = hub.RangeFile(REPOSITORY, part.path)
+    archive = open_part(file)
+    file.boundaries = sorted(info.header_offset for info in archive.infolist()) + [archive.start_dir]
+    return archive
 
 
 def read_rows(archive: ZipFile, number: int) -> tuple[list[Row], list[tuple[str, str]]]:
@@ -196,6 +197,8 @@ def read_member(archive: ZipFile, name: str, limit: int) -> bytes:
     try:
         with archive.open(member) as file:
             return file.read(member.file_size)  # a bare read() would unpack all that a lying member holds
+    except UserError:
+        raise
     except Exception as error:  # damaged, encrypted, cut short: each raises its own
         raise ValueError(f"not readable in the zip: {reason(error)}") from None
 
