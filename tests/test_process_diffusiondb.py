@@ -110,10 +110,15 @@ FORKS.set_forkserver_preload(["test_process_diffusiondb", "utils.hps"])
 
 
 def start(*arguments, **options):
-    torch.set_num_threads(1)
-    process = FORKS.Process(target=run, args=arguments, kwargs=options)
+    process = FORKS.Process(target=run_alone, args=arguments, kwargs=options)
     process.start()
     return process
+
+
+def run_alone(*arguments, **options):
+    multiprocessing.set_start_method("fork", force=True)  # for the workers, as when it is started from a shell
+    torch.set_num_threads(1)
+    run(*arguments, **options)
 
 
 def test_goes_on_after_kill_9_at_any_moment(tmp_path, kills=5):
