@@ -1,5 +1,6 @@
 """select_training_images.py: the rule, by hand and by a plain loop, and the images that it saves."""
 
+import html.parser
 import json
 import math
 import os
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_stand_in import Hub
 from parts import encode, read_rows, write_checkpoint, write_part, write_parts, write_rows
 from PIL import Image
 
 import process_diffusiondb
 import select_training_images as stage
+from utils import hub as hub_files
 from utils.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +193,135 @@ def test_repeated_pictures_are_one_picture(tmp_path):
     annotation = run(tmp_path)
     assert chosen(annotation) == {("a cat", "positive", 2)}
     assert read_rows(annotation)[0]["batch_size"] == 4
+
+
+def test_black_pictures_are_never_chosen_and_counted(tmp_path):
+    """The picture that is nothing but black has the best score of its prompt; what annotates it says so."""
+    pictures = [Image.new("RGB", (32, 32), (i * 9, 255 - i * 9, 40)) for i in range(5)]
+    for picture in pictures[:4]:
+        picture.paste("white", (0, 0, 16, 32))
+    pictures[4] = Image.new("RGB", (48, 32))
+    entries = [(f"{i}.webp", "a cat", encode(picture)) for i, picture in enumerate(pictures)]
+    entries.append(("5.webp", "a cat", encode(Image.new("RGB", (32, 32), (90, 90, 90)))))
+    write_part(tmp_path / "source", 2, entries)
+    write_checkpoint(tmp_path / "hpc.pth")
+    command = ["--clip_checkpoint", tmp_path / "hpc.pth", "--source_dataset", tmp_path / "source", "--num_workers", "0"]
+    command += ["--meta_file", tmp_path / "meta.jsonl"]
+    process_diffusiondb.main(process_diffusiondb.parse_args(list(map(str, command))))
+    rows = read_rows(tmp_path / "meta.jsonl")
+    assert [row["pixels"] == "black" for row in rows] == [False] * 4 + [True, False]
+    for row, score in zip(rows, [20.0, 21.0, 23.0, 20.5, 29.0, 28.0], strict=True):
+        row["score"], row["blurry"] = score, row["image"] == "5.webp"  # whatever else says that black is sharp
+    write_rows(tmp_path / "meta.jsonl", rows)
+    annotation = run(tmp_path)
+    assert [row["file_name"] for row in read_rows(annotation)] == ["positive/000002-2.webp.jpg"]
+    record = json.loads(Path(f"{annotation}.run.json").read_text())
+    assert (record["black"], record["blurry"], record["images"]) == (1, 1, 4)
+
+
+def test_prompts_that_differ_in_case_and_space_are_one_if_asked(tmp_path):
+    scores = {"A cat": [20.0, 21.0], " a  CAT ": [23.0], "a\tcat": [20.5], "acat": [30.0]}
+    write_rows(tmp_path / "meta.jsonl", write_source(tmp_path / "source", scores))
+    with pytest.raises(UserError, match="no image has p"):
+        run(tmp_path)
+    annotation = run(tmp_path, "--normalize_prompts")
+    assert chosen(annotation) == {(" a  CAT ", "positive", 2)}
+    assert read_rows(annotation)[0]["confidence"] == pytest.approx(0.789137, abs=2e-6)
+    record = json.loads(Path(f"{annotation}.run.json").read_text())
+    assert (record["merged_prompts"], record["in_prompts_with_too_few"], record["prompts"]) == (2, 1, 1)
+
+
+def test_report_shows_counts_histograms_and_examples(tmp_path, capsys):
+    scores = {f"<b>prompt</b> {k} &": np.random.default_rng(k).normal(20, 2, 5).round(4).tolist() for k in range(40)}
+    rows = write_source(tmp_path / "source", scores, contents={3: b"broken"})
+    rows[7]["blurry"] = True
+    write_rows(tmp_path / "meta.jsonl", rows)
+    run(tmp_path, "--dry_run", "--report", tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.jsonl", "report", "source"]
+
+    class Page(html.parser.HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.images, self.text, self.chosen = [], [], []
+            self.feed(page)
+
+        def handle_starttag(self, tag, attributes):
+            attributes = dict(attributes)
+            assert tag not in ("b", "script")
+            if tag == "img":
+                self.images.append(attributes["src"])
+            self.chosen += [len(self.images)] if attributes.get("class", "").startswith("chosen") else []
+
+        def handle_data(self, data):
+            self.text.append(data)
+
+    shown = Page()
+    assert {"hps.png", "confidence.png", "images.png"} < set(shown.images)
+    assert all(Image.open(tmp_path / "report" / name).width > 0 for name in shown.images)
+
+    # Every count and threshold, by the plain rule.
+    groups = {}
+    for row in rows:
+        if not row["blurry"]:
+            groups.setdefault(row["prompt"], []).append(row)
+    ratios = {"positive": {}, "negative": {}}
+    for prompt, group in groups.items():
+        for kind, sign in (("positive", 1), ("negative", -1)):
+            weights = [math.exp(sign * (row["score"] - 20)) for row in group]
+            ratios[kind][prompt] = max(weights) / sum(weights) * len(weights)
+    text = " ".join(shown.text)
+    passing = {kind: sum(ratio > 2 for ratio in found.values()) for kind, found in ratios.items()}
+    for said in ("200 rows", "1 blurry", "40 prompts", "199 images"):
+        assert said in text
+    for kind in passing:
+        assert f"{passing[kind]} chosen {kind}" in text
+        assert f"{40 - passing[kind]} prompts below the threshold {kind}" in text
+    assert f"2.00 {passing['positive']} {passing['negative']}" in text
+
+    # The most confident positive comes first, with its four siblings by their scores.
+    first = max(ratios["positive"], key=ratios["positive"].get)
+    assert first in text and text.index(first) == text.index("<b>prompt</b>")
+    siblings = sorted((row for row in rows if row["prompt"] == first and not row["blurry"]), key=lambda r: -r["score"])
+    assert shown.images[3 : 3 + len(siblings)] == [f"images/{r['part']:06d}-{r['image']}.jpg" for r in siblings]
+    assert shown.chosen[0] == 3
+
+
+def test_a_report_names_pictures_that_cannot_be_shown(tmp_path):
+    rows = write_source(tmp_path / "source", {"a cat": [20.0, 21.0, 23.0, 20.5]}, contents={2: b"broken"})
+    rows[1]["part"] = 9
+    write_rows(tmp_path / "meta.jsonl", rows)
+    run(tmp_path, "--dry_run", "--report", tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "not a readable picture" in page and "there is no part 9" in page
+
+
+def test_winners_come_from_the_hub_by_range_requests(tmp_path, monkeypatch, capfd):
+    rng = np.random.default_rng(0)
+    noise = {i: encode(Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))) for i in range(120)}
+    scores = {f"prompt {k}": [20.0, 20.0, 30.0, 20.0] for k in range(30)}
+    rows = write_source(tmp_path / "hub" / "images", scores, contents=noise)
+    write_rows(tmp_path / "meta.jsonl", [row for row in rows if row["prompt"] in ("prompt 1", "prompt 2", "prompt 20")])
+    zips = sorted((tmp_path / "hub" / "images").iterdir())
+    reference = run(tmp_path, source="hub/images")
+    pictures = {path.name: path.read_bytes() for path in tmp_path.glob("positive/*.jpg")}
+    assert len(pictures) == 3
+
+    with Hub(tmp_path / "hub") as hub:
+        hub.use(monkeypatch)
+        hub.faults["images/part-000002.zip"] = ["503", "cut", "drop"]
+        monkeypatch.setattr(hub_files, "WAITS", (0.01,) * 4)
+        monkeypatch.setattr(hub_files, "TAIL", 16 << 10)
+        options = ["--source_dataset", "2m:2-3", "--cache_dir", tmp_path / "cache"]
+        ranged = run(tmp_path, *options, output="ranged/annotation.jsonl")
+        assert not any(hub.faults.values())
+        record = json.loads(Path(f"{ranged}.run.json").read_text())
+        whole = sum(path.stat().st_size for path in zips)
+        assert record["fetched_bytes"] <= hub.fetched() and record["fetched_bytes"] < whole / 5
+        assert f"{record['fetched_bytes'] / 1e6:,.1f} MB came from the hub" in capfd.readouterr().out
+        assert not list((tmp_path / "cache").rglob("part-*"))
+    assert ranged.read_bytes() == reference.read_bytes()
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("ranged/positive/*.jpg")} == pictures
 
 
 def test_winners_of_any_mode_are_saved_right(tmp_path):
