@@ -74,14 +74,21 @@ def parse_args(argv=None):
 
 
 def main(args):
+    start(args)
+
+
+def start(args, wait: bool = True):
+    """Serve the page until Ctrl-C, or return it and its painter at once."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     examples = prompts.read(args.examples)[:8] if args.examples else EXAMPLES
     painter = Painter(args)
     page = build_page(args, painter, examples).queue(max_size=args.queue, default_concurrency_limit=1)
+    served = {"server_name": args.host, "server_port": args.port, "share": args.share, "prevent_thread_lock": not wait}
     try:
-        page.launch(server_name=args.host, server_port=args.port, share=args.share, **look(painter.side))
+        page.launch(**served, **look(painter.side))
     except OSError as error:
         raise UserError(f"--port {args.port}: {error}") from None
+    return page, painter
 
 
 # --- the pictures ---
@@ -108,11 +115,11 @@ class Painter:
     def __init__(self, args):
         from utils import lora
 
+        self.lora = lora.read(args.unet_weight) if args.unet_weight else {}
         # In fp32, as generate_images.py adds the LoRA before it rounds the weights.
         words = ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, "--unet_weight", ""]
         self.options = generate_images.parse_args([*words, "--precision", "fp32", "--device", "cpu"])
         self.pipe = generate_images.load_pipeline(self.options)
-        self.lora = lora.read(args.unet_weight) if args.unet_weight else {}
         self.modules = lora.places(self.pipe.unet, self.lora)
         self.weights = {name: copy.deepcopy(self.pipe.unet.get_submodule(name)) for name in self.modules}
         self.options.precision, self.options.device = args.precision, args.device
@@ -252,7 +259,9 @@ def build_page(args, painter: Painter, examples: list[str]):
         made = [*zip(images, captions, strict=True), *made][:KEPT]
         return *images, *notes, made, made
 
-    with gr.Blocks(title="Better aligned Stable Diffusion", analytics_enabled=False) as page:
+    with gr.Blocks(
+        title="Better aligned Stable Diffusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)
+    ) as page:
         said = "The same prompt from the same noise: Stable Diffusion as it is, and adapted to what people prefer."
         if not args.unet_weight:
             said += " *No LoRA is loaded: the right side differs by its negative prompt alone.*"

@@ -44,7 +44,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
     parser.add_argument("--labels", nargs="+", help="names of the models, the baseline's first (default: the folders')")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report of other folders; votes are kept")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report of other folders, and score anew; votes are kept")
     # Scores.
     parser.add_argument("--hpc", help="the classifier's checkpoint")
     parser.add_argument(
@@ -187,13 +187,14 @@ def read_scores(args, folders: list[Path], labels: list[str]) -> dict[str, list[
         raise UserError(f"--scores: expected a file for each of the {len(folders)} folders, found {len(files)}")
     sets = [files[i : i + len(folders)] for i in range(0, len(files), len(folders))]
     names = args.score_names or ["score" if len(sets) == 1 else f"score {i + 1}" for i in range(len(sets))]
-    if len(names) != len(sets) or len({"HPS", *names}) <= len(names):
-        raise UserError(f"--score_names: expected {len(sets)} different names, none of them HPS")
     if args.hpc:
-        paths = [args.output / "scores" / f"{m}_{slug(label)}.jsonl" for m, label in enumerate(labels)]
-        for folder, path in zip(folders, paths, strict=True):
+        names = ["HPS", *names]
+        sets.insert(0, [args.output / "scores" / f"{m}_{slug(label)}.jsonl" for m, label in enumerate(labels)])
+    if len(set(names)) < max(len(names), len(sets)) or len(names) > len(sets):
+        raise UserError(f"--score_names: {len(names)} names for {len(sets)} scores, or one of them twice")
+    if args.hpc:
+        for folder, path in zip(folders, sets[0], strict=True):
             score_folder(args, folder, path)
-        sets, names = [paths, *sets], ["HPS", *names]
     elif not (sets or args.vote or (args.output / "votes.jsonl").exists()):
         raise UserError("nothing to compare by: give --hpc, --scores or --vote")
     return {name: [read_score(path) for path in paths] for name, paths in zip(names, sets, strict=True)}
@@ -327,11 +328,13 @@ def vote_items(output: Path, labels: list[str], pairs: list[tuple], pictures: li
 
 def write_report(args, summary: dict, pairs, values: dict, pictures, items):
     """Write the figure, the page and the summary; the votes so far are read anew into the summary."""
-    from utils import votes
+    from utils import figure, votes
 
     found = votes.read(args.output / "votes.jsonl")
     summary["votes"] = votes.tally(found, items, summary["labels"][0]) if found else None
-    draw_figure(args, summary, pairs, values, pictures)
+    chosen = choose_prompts(args.figure_prompts, pairs, values)
+    captions, paths = [pairs[i][0] for i in chosen], [[args.output / name for name in pictures[i]] for i in chosen]
+    figure.draw(args.output / "figure.png", summary["labels"], captions, paths)
     rows = [
         {"caption": caption, "pictures": names, "values": [np.round(table[i], 6).tolist() for table in values.values()]}
         for i, ((caption, _), names) in enumerate(zip(pairs, pictures, strict=True))
@@ -347,38 +350,6 @@ def fill_page(data: dict) -> str:
     return page.replace(DATA.format("null"), DATA.format(content), 1)
 
 
-def draw_figure(args, summary: dict, pairs, values: dict, pictures):
-    """Draw chosen prompts as the paper does: a row a model, the baseline's on top, captions below."""
-    import textwrap
-
-    from matplotlib import pyplot
-    from matplotlib.figure import Figure
-
-    from utils.images import open_image, to_rgb
-
-    labels, chosen = summary["labels"], choose_prompts(args.figure_prompts, pairs, values)
-    with pyplot.rc_context({"font.family": "DejaVu Sans", "text.parse_math": False}):
-        captions = [textwrap.wrap(pairs[i][0], 24)[:6] for i in chosen]
-        below = 0.16 * max(map(len, captions)) + 0.1
-        width, height = 0.45 + 1.55 * len(chosen), 1.55 * len(labels) + below
-        figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
-        for m, label in enumerate(labels):
-            for k, i in enumerate(chosen):
-                place = (0.45 + 1.55 * k, below + 1.55 * (len(labels) - 1 - m), 1.5, 1.5)
-                axes = figure.add_axes(np.divide(place, (width, height, width, height)))
-                image = to_rgb(open_image(args.output / pictures[i][m]))
-                axes.imshow(image, interpolation="nearest" if image.width < 128 else "antialiased")
-                axes.set_axis_off()
-                if m == len(labels) - 1:
-                    text, y = "\n".join(captions[k]), -0.04
-                    axes.text(0.5, y, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5)
-            y = (below + 1.55 * (len(labels) - 1 - m) + 0.75) / height
-            figure.text(0.2 / width, y, textwrap.shorten(label, 24), rotation=90, ha="center", va="center", fontsize=9)
-        temporary = args.output / ".figure.tmp.png"
-        figure.savefig(temporary)
-    temporary.replace(args.output / "figure.png")
-
-
 def choose_prompts(wanted: list[str] | None, pairs, values: dict) -> list[int]:
     """Return which pairs the figure shows: the wanted prompts, else six at even ranks of the first score's difference."""
     if not wanted:
@@ -391,8 +362,9 @@ def choose_prompts(wanted: list[str] | None, pairs, values: dict) -> list[int]:
     for text in wanted:
         exact = [i for i, (caption, _) in enumerate(pairs) if caption == text]
         partly = [i for i, (caption, _) in enumerate(pairs) if text in caption]
-        if not exact and len({pairs[i][0] for i in partly}) != 1:
-            raise UserError(f"--figure_prompts: {text!r} is part of {len(partly)} prompts, and none is exactly that")
+        found = len({pairs[i][0] for i in partly})
+        if not exact and found != 1:
+            raise UserError(f"--figure_prompts: {text!r} is part of {found} prompts, and none is exactly that")
         chosen.append((exact or partly)[0])
     return chosen
 

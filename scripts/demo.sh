@@ -4,7 +4,8 @@
 #   bash scripts/demo.sh [--seed N] [--output DIR] [--ablations]
 #
 # Every stage runs as a user would type it. Interrupted, the same command goes on where it stopped; finished, it prints its table.
-# Writes DIR (demo by default): world/ (the inputs), every stage's outputs, summary.json, picture.png, report.html.
+# Writes DIR (demo by default): world/ (the inputs), every stage's outputs, summary.json, picture.png, report.html,
+# report/index.html (every pair).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -94,6 +95,11 @@ if [ -n "$ablations" ]; then
         judge "$name" "$out/lora_$name"
     done
 fi
+
+# Every pair side by side, base beside adapted.
+stage compare python compare_models.py --baseline "$out/images/base" --candidate "$out/images/adapted_negative" \
+    --labels base adapted --scores "$out/images/base.jsonl" "$out/images/adapted_negative.jsonl" --score_names HPS \
+    --output "$out/report"
 
 # What the toy world's people say.
 printf '\n'

@@ -7,7 +7,7 @@ fi
 install() {
     local stamp sum
     stamp="$(python -c 'import sys; print(sys.prefix)')/.align_sd-$1"
-    sum="$(cat requirements.txt "$1" | cksum)"
+    sum="$(cat ./*requirements.txt | cksum)" # they name one another
     [ "$(cat "$stamp" 2>/dev/null)" = "$sum" ] && return
     python -m pip install --quiet -r "$1"
     echo "$sum" > "$stamp"
