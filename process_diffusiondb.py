@@ -113,7 +113,7 @@ def file_of(args, part: diffusiondb.Part, kind: str = ".jsonl") -> Path:
 
 def zips(args) -> Path:
     """Return the folder for parts from the hub that are not kept."""
-    return Path(f"{args.meta_file}.parts", "zips")
+    return Path(f"{args.meta_file}.parts", "zips").resolve()  # as the hub's library names what it puts there
 
 
 def begin(args, scorer, mine: list[diffusiondb.Part]) -> dict:

@@ -8,6 +8,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hub_stand_in import Hub
@@ -252,6 +253,14 @@ def test_what_the_hub_refuses_or_lacks(tmp_path, hub, capsys):
         diffusiondb.open_part_anywhere(part, tmp_path / "cache")
     assert capsys.readouterr().err.count("trying again") == 2
     assert len(diffusiondb.open_part_anywhere(part, tmp_path / "cache").namelist()) == 61
+
+
+def test_offline_means_offline(tmp_path, hub, monkeypatch):
+    write_hub_part(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        diffusiondb.open_part_anywhere(diffusiondb.find_parts("2m:2")[0], tmp_path / "cache")
+    assert not hub.log
 
 
 def test_damaged_downloads_are_fetched_again_and_never_kept(tmp_path, hub):

@@ -229,7 +229,8 @@ def test_no_more_parts_lie_on_disk_than_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "finish_part", count_and_finish)
     with Hub(tmp_path / "hub") as hub:
         hub.use(monkeypatch)
-        run(tmp_path, "--source_dataset", "2m:2-11", "--prefetch_parts", 3)
+        monkeypatch.chdir(tmp_path)
+        run(tmp_path, "--source_dataset", "2m:2-11", "--prefetch_parts", 3, "--meta_file", "meta.jsonl")
     assert 2 <= most <= 3 + 3  # ahead, in work, being finished, and the next one asked for
 
 

@@ -132,8 +132,11 @@ class RangeFile(io.RawIOBase):
         return retried(lambda: self.attempt(wanted), self.what)
 
     def attempt(self, wanted: str) -> tuple[int, bytes, int]:
+        from huggingface_hub.constants import is_offline_mode
         from huggingface_hub.utils import build_hf_headers
 
+        if is_offline_mode():
+            raise UserError(f"{self.what}: not in the hub's cache, and HF_HUB_OFFLINE is set")
         # The hub leads to signed addresses elsewhere, which hold for a while and are not to see its token.
         headers = build_hf_headers() if self.url == self.hub_url else {}
         url, self.url = self.url, self.hub_url

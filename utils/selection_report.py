@@ -18,7 +18,7 @@ SIBLINGS = 12  # of a prompt, at most
 SIDE = 192  # pixels, of an example's picture
 STYLE = (
     "body{font:15px sans-serif;margin:2em;max-width:75em}td,th{padding:.1em 1em;text-align:right}"
-    "figure{display:inline-block;margin:.3em;text-align:center;vertical-align:top;max-width:200px;font-size:12px}"
+    "figure{display:inline-block;margin:.3em;text-align:center;vertical-align:top;width:150px;font-size:12px;overflow-wrap:anywhere}"
     ".chosen img{outline:4px solid #2a7}.chosen.negative img{outline-color:#c33}img{max-width:100%}"
 )
 
@@ -40,7 +40,7 @@ def write(folder: str | Path, sides: dict, groups, meta, counts: dict, passing: 
 
     def figure(row: int, kind: str, chosen: bool) -> str:
         file, why = pictures[row]
-        shown = f'<img src="images/{escape(file)}" loading="lazy">' if file else escape(why)
+        shown = f'<img src="images/{escape(file)}">' if file else escape(why)
         name = "{:06d}-{}".format(*places[row])
         return (
             f'<figure class="{"chosen " + kind if chosen else ""}">{shown}<figcaption>'
