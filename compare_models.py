@@ -11,7 +11,7 @@ Reads   FOLDER/meta.json and the pictures of each folder, as generate_images.py 
         --scores: JSON Lines of file_name, caption and score, as evaluate_hps.py --output writes, a file a folder
 Writes  OUTPUT/index.html (opens from disk; with OUTPUT/pictures/ it can be sent to anybody), OUTPUT/figure.png,
         OUTPUT/summary.json, OUTPUT/scores/ (a row a picture), OUTPUT/votes.jsonl (of --vote),
-        OUTPUT/report.errors.jsonl (what was left out), OUTPUT/run.json (a report of other folders is refused)
+        OUTPUT/report.errors.jsonl (what was left out), OUTPUT/report.run.json (a report of other folders is refused)
 
 Every prompt counts once: several pictures of one prompt are averaged first. A tie is half a win. The difference's interval is
 bootstrapped over prompts, p is the two-sided sign test's, "spread" is the standard deviation of the prompts' differences.
@@ -44,7 +44,9 @@ def parse_args(argv=None):
     )
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
     parser.add_argument("--labels", nargs="+", help="names of the models, the baseline's first (default: the folders')")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report of other folders, and score anew; votes are kept")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a report of other folders, and score anew; votes are kept"
+    )
     # Scores.
     parser.add_argument("--hpc", help="the classifier's checkpoint")
     parser.add_argument(
@@ -159,12 +161,14 @@ def pair_pictures(folders: list[Path], metas: list[list[tuple[str, str]]]) -> tu
 
 def begin_report(args, folders: list[Path], labels: list[str]):
     """Make or find the report's folder; UserError if it holds something else."""
-    record = args.output / "run.json"
-    if not args.overwrite and args.output.exists() and not record.exists() and any(args.output.iterdir()):
+    record = args.output / "report.run.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    # Old pictures of a report are removed: nobody else's may be.
+    if not record.exists() and any(path.name[0] != "." for path in args.output.iterdir()):
         raise UserError(f"{args.output}: holds other things than a report; use another place")
-    (args.output / "scores").mkdir(parents=True, exist_ok=True)
     settings = {"baseline": str(folders[0].resolve()), "candidates": [str(f.resolve()) for f in folders[1:]]}
     runs.begin(record, {**settings, "labels": labels, "seed": args.seed}, args.overwrite)
+    (args.output / "scores").mkdir(exist_ok=True)
 
 
 def tell_left_out(output: Path, errors: list[dict]):

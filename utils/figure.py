@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from utils.errors import UserError
 from utils.images import open_image, to_rgb
 
 CELL, GAP, LEFT, LINE = 1.5, 0.05, 0.45, 0.16  # inches
@@ -28,7 +29,10 @@ def draw(path: Path, labels: list[str], captions: list[str], pictures: list[list
             )
             for k, images in enumerate(pictures):
                 axes = figure.add_axes(np.divide((LEFT + step * k, bottom, CELL, CELL), (width, height, width, height)))
-                image = to_rgb(open_image(images[m]))
+                try:
+                    image = to_rgb(open_image(images[m]))
+                except ValueError as error:
+                    raise UserError(f"{images[m]}: {error}") from None
                 # Pictures of a few pixels are shown as such.
                 axes.imshow(image, interpolation="nearest" if image.width < 128 else "antialiased")
                 axes.set_axis_off()
