@@ -106,7 +106,7 @@ def main(args):
         print(f"{folder}: {len(others)} of {len(pictures)} pictures are still to be made by other processes")
         return
     finish_folder(args, pictures, folder, record)
-    if rank == 0:
+    if todo or rank == 0:
         print(f"{len(pictures)} pictures in {folder} ({len(todo)} of them made now by this process)")
 
 
@@ -138,7 +138,9 @@ def begin_folder(args, pictures: list[Picture], folder: Path) -> dict:
     digest = hashlib.sha256(json.dumps([picture.prompt for picture in pictures]).encode()).hexdigest()
     settings["prompts"] = f"{len(pictures) // args.images_per_prompt}, SHA-256 {digest[:16]}"
     if args.unet_weight:
-        settings["unet_weight"] = runs.sha256(lora_file(args.unet_weight))
+        from utils import lora
+
+        settings["unet_weight"] = runs.sha256(lora.find(args.unet_weight))
     folder.mkdir(parents=True, exist_ok=True)
     # Listed before the record is read: what another rank draws under a new record is not among them.
     old = [path for path in folder.iterdir() if path.stem.isdigit() and path.suffix[1:] in FORMATS]
@@ -253,13 +255,6 @@ def place(pipe, args):
 
 def precision(args) -> str:
     return args.precision or ("fp32" if ranks.device(args.device).type == "cpu" else "fp16")
-
-
-def lora_file(unet_weight: str) -> Path:
-    """Return the file that --unet_weight names, itself or by its folder."""
-    from utils import lora
-
-    return next((file for name in lora.FILE_NAMES if (file := Path(unet_weight) / name).is_file()), Path(unet_weight))
 
 
 def warn_of_long_prompts(tokenizer, pictures: list[Picture]):
@@ -400,7 +395,9 @@ def recipe_writer(args, pipe):
         "RNG": "CPU",
     }
     if args.unet_weight:
-        file = lora_file(args.unet_weight)
+        from utils import lora
+
+        file = lora.find(args.unet_weight)
         fields["Lora hashes"] = f"{file.stem}: {recipe.lora_hash(file)}"
         fields["LoRA scale"] = args.lora_scale
     return lambda picture: recipe.text(picture.prompt, args.negative_prompt, {**fields, "Seed": picture.seed})

@@ -43,7 +43,7 @@ def main(args):
         # On a CPU a picture of SD 1.4 at 512 px and 50 steps takes a quarter of an hour.
         defaults = {"batch_size": 16, "num_inference_steps": 50, "size": 512, "pictures": 64}
         if model == "toy":
-            defaults = {"batch_size": 32, "num_inference_steps": 20, "size": 32, "pictures": 64}
+            defaults = {"batch_size": 32, "num_inference_steps": 20, "size": 32, "pictures": 192}
         elif not gpu:
             defaults = {"batch_size": 1, "num_inference_steps": 2, "size": 256, "pictures": 1}
         settings = {name: getattr(args, name) or value for name, value in defaults.items()}

@@ -39,7 +39,7 @@ def ranks(world_size: int, launcher: str = "torchrun") -> list[dict]:
 
 
 def drawn(folder: Path) -> int:
-    return len(list(folder.glob("*.jpg")))
+    return len([path for path in folder.glob("*.*") if path.stem.isdigit()])
 
 
 def main(kills: int, seed: int, folder: Path, options: list[str]):
