@@ -207,7 +207,7 @@ def faults(request: Request, side: int) -> dict[str, str]:
         elif field == "steps" and value != int(value):
             wrong[field] = "Steps should be a whole number."
     seed = request.seed.strip()
-    if seed and not (seed.isascii() and seed.isdigit() and int(seed[:20]) <= MAX_SEED):
+    if seed and not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) <= MAX_SEED):
         wrong["seed"] = "A seed is a whole number from 0, below 2^63; leave it empty for one from the prompt."
     return wrong
 
