@@ -174,7 +174,8 @@ def merge(args, parts: list[diffusiondb.Part]) -> dict:
 
     write_whole(f"{args.meta_file}.errors.jsonl", errors())
     write_whole(args.meta_file, rows())
-    shutil.rmtree(zips(args), ignore_errors=True)  # what killed runs have left there
+    if not counts["failed_parts"]:  # else another rank may be trying one of them again
+        shutil.rmtree(zips(args), ignore_errors=True)  # what killed runs have left there
     return counts
 
 
