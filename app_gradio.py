@@ -196,7 +196,7 @@ def faults(request: Request, side: int) -> dict[str, str]:
         if len(text := getattr(request, field)) > MAX_PROMPT:
             wrong[field] = f"That is {len(text)} characters; at most {MAX_PROMPT} are taken."
     for field, low, high in (
-        ("steps", 1, MAX_STEPS), ("guidance", 0, 30), ("strength", -2, 2), ("width", side // 4, 2 * side),
+        ("steps", 1, MAX_STEPS), ("guidance", 0, 30), ("strength", 0, 2), ("width", side // 4, 2 * side),
         ("height", side // 4, 2 * side),
     ):  # fmt: skip
         value = getattr(request, field)

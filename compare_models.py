@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -420,7 +421,7 @@ def print_votes(votes: dict | None):
 
 
 def hold_vote(args, baseline: str, items: list):
-    """Serve the vote until Ctrl-C."""
+    """Serve the vote until Ctrl-C, or until the process is told to end."""
     from utils.votes import serve
 
     try:
@@ -428,6 +429,8 @@ def hold_vote(args, baseline: str, items: list):
         server = serve(page, items, baseline, args.output / "votes.jsonl", args.seed, args.port)
     except OSError as error:
         raise UserError(f"--port {args.port}: {error.strerror or error}") from None
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.default_int_handler)
     print(f"\nvote on http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()

@@ -444,34 +444,16 @@ def test_sides_and_order_are_shuffled_for_each_voter():
 def test_the_vote_from_the_command_line(tmp_path):
     for name, shade in (("base", 0), ("new", 9)):
         make_folder(tmp_path / name, numbered("pqr"), shade)
-    words = [
-        "compare_models.py",
-        "--baseline",
-        "base",
-        "--candidate",
-        "new",
-        "--output",
-        "report",
-        "--vote",
-        "--port",
-        "0",
-        "--labels",
-        "base",
-        "new",
-    ]
-    script, *options = words
-    command = [sys.executable, Path(__file__).parent.parent / script, *options]
+    options = "--baseline base --candidate new --output report --vote --port 0 --labels base new"
+    command = [sys.executable, Path(__file__).parent.parent / "compare_models.py", *options.split()]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     url = next(match[1] for line in process.stdout if (match := re.match(r"vote on (\S+)", line)))
     for voter in ("ann", "bob"):
         for item in requests.get(f"{url}/items?voter={voter}").json():
-            chosen = (
-                "left"
-                if requests.get(f"{url}/picture/{item['id']}/left?voter={voter}").content
-                == (tmp_path / f"new/{'pqr'.index(item['caption'])}.png").read_bytes()
-                else "right"
-            )
-            assert requests.post(f"{url}/vote?voter={voter}", json={"id": item["id"], "choice": chosen}).ok
+            left = requests.get(f"{url}/picture/{item['id']}/left?voter={voter}").content
+            is_new = left == (tmp_path / f"new/{'pqr'.index(item['caption'])}.png").read_bytes()
+            row = {"id": item["id"], "choice": "left" if is_new else "right"}
+            assert requests.post(f"{url}/vote?voter={voter}", json=row).ok
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0 and error == ""
