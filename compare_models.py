@@ -73,10 +73,14 @@ def main(args):
     labels = name_models(args.labels, folders)
     metas = [read_meta(folder) for folder in folders]
     pairs, left_out = pair_pictures(folders, metas)
-    begin_report(args, folders, labels)
+    sets = find_scores(args, labels)
+    begin_report(args, folders)
 
     # Score it.
-    scores = read_scores(args, folders, labels)
+    if args.hpc:
+        for folder, path in zip(folders, sets["HPS"], strict=True):
+            score_folder(args, folder, path)
+    scores = {name: [read_score(path) for path in paths] for name, paths in sets.items()}
     pairs, unscored = keep_scored(folders, pairs, scores)
     tell_left_out(args.output, left_out + unscored)
     if not pairs:
@@ -89,6 +93,7 @@ def main(args):
     prompts = group([pair[0] for pair in pairs])
     summary = {
         "labels": labels,
+        "seed": args.seed,
         "prompts": int(prompts.max()) + 1,
         "pairs": len(pairs),
         "left_out": len(left_out) + len(unscored),
@@ -160,7 +165,7 @@ def pair_pictures(folders: list[Path], metas: list[list[tuple[str, str]]]) -> tu
     return [found[row] for row in dict.fromkeys(metas[0]) if row in found], errors
 
 
-def begin_report(args, folders: list[Path], labels: list[str]):
+def begin_report(args, folders: list[Path]):
     """Make or find the report's folder; UserError if it holds something else."""
     record = args.output / "report.run.json"
     args.output.mkdir(parents=True, exist_ok=True)
@@ -168,7 +173,7 @@ def begin_report(args, folders: list[Path], labels: list[str]):
     if not record.exists() and any(path.name[0] != "." for path in args.output.iterdir()):
         raise UserError(f"{args.output}: holds other things than a report; use another place")
     settings = {"baseline": str(folders[0].resolve()), "candidates": [str(f.resolve()) for f in folders[1:]]}
-    runs.begin(record, {**settings, "labels": labels, "seed": args.seed}, args.overwrite)
+    runs.begin(record, settings, args.overwrite)
     (args.output / "scores").mkdir(exist_ok=True)
 
 
@@ -185,24 +190,23 @@ def tell_left_out(output: Path, errors: list[dict]):
 # --- scores ---
 
 
-def read_scores(args, folders: list[Path], labels: list[str]) -> dict[str, list[dict]]:
-    """Return {score's name: for each folder {(file name, caption): score}}; HPS is computed where it is not there yet."""
+def find_scores(args, labels: list[str]) -> dict[str, list]:
+    """Return {score's name: a file a folder}; those of HPS may still have to be written."""
+    if args.tie < 0:
+        raise UserError(f"--tie {args.tie}: should be 0 or more")
     files = [file for group in args.scores for file in group]
-    if len(files) % len(folders):
-        raise UserError(f"--scores: expected a file for each of the {len(folders)} folders, found {len(files)}")
-    sets = [files[i : i + len(folders)] for i in range(0, len(files), len(folders))]
+    if len(files) % len(labels):
+        raise UserError(f"--scores: expected a file for each of the {len(labels)} folders, found {len(files)}")
+    sets = [files[i : i + len(labels)] for i in range(0, len(files), len(labels))]
     names = args.score_names or ["score" if len(sets) == 1 else f"score {i + 1}" for i in range(len(sets))]
     if args.hpc:
         names = ["HPS", *names]
         sets.insert(0, [args.output / "scores" / f"{m}_{slug(label)}.jsonl" for m, label in enumerate(labels)])
-    if len(set(names)) < max(len(names), len(sets)) or len(names) > len(sets):
-        raise UserError(f"--score_names: {len(names)} names for {len(sets)} scores, or one of them twice")
-    if args.hpc:
-        for folder, path in zip(folders, sets[0], strict=True):
-            score_folder(args, folder, path)
     elif not (sets or args.vote or (args.output / "votes.jsonl").exists()):
         raise UserError("nothing to compare by: give --hpc, --scores or --vote")
-    return {name: [read_score(path) for path in paths] for name, paths in zip(names, sets, strict=True)}
+    if len(set(names)) != len(sets) or len(names) != len(sets):
+        raise UserError(f"--score_names: {len(names)} names for {len(sets)} scores, or one of them twice")
+    return dict(zip(names, sets, strict=True))
 
 
 def score_folder(args, folder: Path, output: Path):

@@ -103,13 +103,12 @@ def test_votes_equal_those_worked_out_by_hand():
     items = [votes.Item(str(i), caption, "new", (Path("a"), Path("b"))) for i, caption in enumerate("pqrr")]
     rows = []
 
-    def cast(voter, item, choice, left="new"):
-        right = "old" if left == "new" else "new"
-        rows.append({"voter": voter, "id": item, "left": left, "right": right, "choice": choice})
+    def cast(voter, item, winner):
+        rows.append({"voter": voter, "id": item, "winner": winner})
 
-    cast("ann", "0", "right"), cast("ann", "0", "left")  # the last one counts
-    cast("ann", "1", "tie"), cast("ann", "2", "left", left="old"), cast("ann", "3", "left")
-    cast("bob", "0", "right", left="old"), cast("bob", "1", "right"), cast("bob", "gone", "left")
+    cast("ann", "0", "baseline"), cast("ann", "0", "candidate")  # the last one counts
+    cast("ann", "1", "tie"), cast("ann", "2", "baseline"), cast("ann", "3", "candidate")
+    cast("bob", "0", "candidate"), cast("bob", "1", "baseline"), cast("bob", "gone", "candidate")
     found = votes.tally(rows, items, "old")
     # Prompt p: 1 and 1. q: 1/2 and 0. r: the mean of its two pairs, 0 and 1.
     (row,) = found["rows"]
@@ -238,6 +237,7 @@ def test_mistakes(tmp_path):
         (["--scores", tmp_path / "a.jsonl"], "a file for each of the 2 folders, found 3"),
         (["--scores", tmp_path / "a.jsonl", tmp_path / "nan.jsonl"], r"nan\.jsonl: row 1: .*finite, found nan"),
         (["--score_names", "x", "y"], "2 names for 1 scores"),
+        (["--tie", "-1"], "should be 0 or more"),
         (["--output", tmp_path / "mine", "--overwrite"], "mine: holds other things than a report"),
         (["--figure_prompts", "z"], "'z' is part of 0 prompts"),
     ):
@@ -402,6 +402,8 @@ def test_a_blind_vote_in_the_browser(tmp_path):
         for row, (caption, left_is_new) in zip(rows, seen, strict=False):
             assert row["caption"] == caption and row["voter"] == "ann" and row["seed"] == 3
             assert row["left"] == ("secret_new" if left_is_new else "secret_base") != row["right"]
+            won = {"left": left_is_new, "right": not left_is_new}.get(row["choice"])
+            assert row["winner"] == {True: "candidate", False: "baseline", None: "tie"}[won]
 
         # What is no vote is refused, and so is what another site makes the browser send.
         good = {"id": items[0].id, "choice": "left"}
@@ -433,12 +435,12 @@ def test_a_blind_vote_in_the_browser(tmp_path):
 
 def test_sides_and_order_are_shuffled_for_each_voter():
     items = [votes.Item(str(i), "", "new", (Path("a"), Path("b"))) for i in range(1000)]
-    left = {voter: [votes.sides(i, "old", voter, 0)["left"][0] == "new" for i in items] for voter in ("ann", "bob")}
+    left = {voter: [votes.sides(i, voter, 0)["left"] for i in items] for voter in ("ann", "bob")}
     for sides in left.values():
         assert 430 < sum(sides) < 570
     assert 430 < sum(a == b for a, b in zip(*left.values(), strict=True)) < 570
-    assert left["ann"] == [votes.sides(i, "old", "ann", 0)["left"][0] == "new" for i in items]
-    assert left["ann"] != [votes.sides(i, "old", "ann", 1)["left"][0] == "new" for i in items]
+    assert left["ann"] == [votes.sides(i, "ann", 0)["left"] for i in items]
+    assert left["ann"] != [votes.sides(i, "ann", 1)["left"] for i in items]
 
 
 def test_the_vote_from_the_command_line(tmp_path):

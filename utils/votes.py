@@ -1,7 +1,8 @@
 """A blind A/B vote on 127.0.0.1: which picture stands on which side, the server, and what the votes say.
 
 A vote is a row of votes.jsonl: voter, id (of the pair, by the content of its two pictures), caption, left and right (the
-models that stood there), choice ("left", "right" or "tie"), seed, time. A voter's last vote on a pair counts.
+models that stood there), choice ("left", "right" or "tie"), winner ("baseline", "candidate" or "tie"), seed, time. A voter's
+last vote on a pair counts.
 Nothing that the browser is sent tells which model made a picture, before the voter has voted on every pair.
 """
 
@@ -44,11 +45,10 @@ def draw(*what) -> bytes:
     return hashlib.sha256("\0".join(map(str, what)).encode()).digest()
 
 
-def sides(item: Item, baseline: str, voter: str, seed: int) -> dict[str, tuple[str, Path]]:
-    """Return (model, picture) on the left and on the right, shuffled for each voter and pair."""
-    pair = [(baseline, item.pictures[0]), (item.candidate, item.pictures[1])]
+def sides(item: Item, voter: str, seed: int) -> dict[str, int]:
+    """Return which of the item's pictures stands on the left and on the right, shuffled for each voter and pair."""
     left = draw(seed, voter, item.id, "side")[0] & 1
-    return {"left": pair[left], "right": pair[1 - left]}
+    return {"left": left, "right": 1 - left}
 
 
 # --- the server ---
@@ -71,7 +71,8 @@ def serve(page: str, items: list[Item], baseline: str, path: Path, seed: int, po
             elif voter and what == ["results"]:
                 self.answer(json.dumps(tally(read(path), items, baseline)).encode())
             elif voter and len(what) == 3 and what[0] == "picture" and what[1] in by_id and what[2] in CHOICES[:2]:
-                picture = sides(by_id[what[1]], baseline, voter, seed)[what[2]][1]
+                item = by_id[what[1]]
+                picture = item.pictures[sides(item, voter, seed)[what[2]]]
                 self.answer(picture.read_bytes(), mimetypes.guess_type(picture)[0] or "application/octet-stream")
             else:
                 self.answer(b"there is no such thing here", "text/plain", 404)
@@ -86,8 +87,11 @@ def serve(page: str, items: list[Item], baseline: str, path: Path, seed: int, po
                 assert choice in CHOICES
             except (AssertionError, ValueError, TypeError, KeyError):
                 return self.answer(b"not a vote", "text/plain", 400)
-            stood = {side: model for side, (model, _) in sides(item, baseline, voter, seed).items()}
-            row = {"voter": voter, "id": item.id, "caption": item.caption, **stood, "choice": choice, "seed": seed}
+            stood = sides(item, voter, seed)
+            models = {side: (baseline, item.candidate)[which] for side, which in stood.items()}
+            winner = "tie" if choice == "tie" else ("baseline", "candidate")[stood[choice]]
+            row = {"voter": voter, "id": item.id, "caption": item.caption, **models, "choice": choice}
+            row |= {"winner": winner, "seed": seed}
             with lock:
                 votes.write({**row, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
             self.answer(b"{}")
@@ -122,7 +126,7 @@ def serve(page: str, items: list[Item], baseline: str, path: Path, seed: int, po
 
 def read(path: Path) -> list[dict]:
     """Return the votes that are there."""
-    fields = dict.fromkeys(("voter", "id", "left", "right", "choice"), str)
+    fields = dict.fromkeys(("voter", "id", "choice", "winner"), str)
     return list(jsonl.read(path, fields)) if path.exists() else []
 
 
@@ -140,7 +144,7 @@ def tally(votes: list[dict], items: list[Item], baseline: str) -> dict:
         units: dict[str, list[float]] = {}
         for row in counted:
             if of_item[row["id"]].candidate == candidate:
-                share = 0.5 if row["choice"] == "tie" else float(row[row["choice"]] == candidate)
+                share = {"candidate": 1.0, "tie": 0.5}.get(row["winner"], 0.0)
                 units.setdefault(row["id"], []).append(share)
         if not units:
             continue
