@@ -208,7 +208,7 @@ def make_rows(choices, labels, scores, counts) -> Iterator[dict]:
         yield {
             "item": choice.where,
             "prompt": choice.prompt,
-            "images": [str(image.name) for image in choice.images],
+            "images": [str(image if isinstance(image, Path) else image.name) for image in choice.images],
             "ranks": choice.ranks,
             **{key: dict(zip(labels, values, strict=True)) for key, values in by_model.items()},
         }

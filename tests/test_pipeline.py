@@ -16,6 +16,7 @@ from PIL import Image
 
 import download_regularization_images
 import evaluate_hps
+import evaluate_preference
 import generate_images
 import process_diffusiondb
 import select_training_images
@@ -66,6 +67,11 @@ def test_from_choices_to_a_judged_model(small_world, web, tmp_path):
         train_hpc, "--dataset_folder", small_world / "dataset", "--output", out / "hpc.pth", *CLIP, "--pretrained",
         make_data.MODEL.parent / "clip.safetensors", "--unlocked_image_layers", 4, "--unlocked_text_layers", 2,
         "--learning_rate", 1e-3, "--num_train_epochs", 4, "--num_workers", 0, "--cpu",
+    )  # fmt: skip
+    call(
+        evaluate_preference, "--hpc", out / "hpc.pth", *CLIP, "--pretrained", make_data.MODEL.parent / "clip.safetensors",
+        "--dataset_folder", small_world / "dataset", "--output", out / "preference.jsonl", "--num_workers", 0,
+        "--device", "cpu",
     )  # fmt: skip
     call(
         process_diffusiondb, "--clip_checkpoint", out / "hpc.pth", "--source_dataset", small_world / "diffusiondb",
@@ -126,6 +132,14 @@ def test_from_choices_to_a_judged_model(small_world, web, tmp_path):
     assert summary["paired"]["human_se"] == pytest.approx(difference.std(ddof=1) / 6**0.5)
     difference = scores("adapted_negative") - scores("base")
     assert summary["paired"]["hps_se"] == pytest.approx(difference.std(ddof=1) / 6**0.5)
+    choices, right = json.loads((small_world / "dataset" / "preference_test.json").read_text()), 0
+    for row in choices:
+        images = [Image.open(small_world / "dataset" / "preference_images" / name) for name in row["file_path"]]
+        liked = [world.human_score(image, row["prompt"]) for image in images]
+        right += liked.index(max(liked)) == row["human_preference"]
+    assert summary["choices"]["noise_free_accuracy"] == right / len(choices)
+    assert summary["choices"]["models"].keys() == {"hpc.pth", "clip.safetensors"}
+    assert all(-1 < model["correlation"] < 1 for model in summary["choices"]["models"].values())
     assert Image.open(out / "picture.png").width > 6 * 64
     assert (out / "report.html").read_text().count("<img") == 1
 

@@ -3,9 +3,9 @@
     python -m toy.judge --output demo
 
 Reads   OUTPUT/images/{base,base_negative,adapted,adapted_negative,...}/ of generate_images.py, OUTPUT/images/*.jsonl of
-        evaluate_hps.py, OUTPUT/hpc.pth.run.json, OUTPUT/seconds.tsv
+        evaluate_hps.py, OUTPUT/preference.jsonl of evaluate_preference.py, OUTPUT/seconds.tsv
 Writes  OUTPUT/summary.json (means and standard errors of each row; paired: adapted with the negative prompt minus base
-        without it, same prompts and seeds), OUTPUT/picture.png (base above adapted), OUTPUT/report.html
+        without it, same prompts and seeds; the classifier beside a judge without noise), OUTPUT/picture.png (base above adapted), OUTPUT/report.html
 
 This is the only place after make_data that calls `human_score`: the stages never do.
 """
@@ -64,8 +64,7 @@ def main(args):
         summary[row]["deformed"] = float((human[row] < world.DEFORMED_BELOW).mean())
     summary["paired"] = paired(human, hps, "adapted_negative", "base")
     summary["paired_negative_prompt"] = paired(human, hps, "adapted_negative", "adapted")
-    record = json.loads((args.output / "hpc.pth.run.json").read_text())
-    summary["classifier_accuracy"] = record["test_accuracy"]
+    summary["choices"] = judge_choices(args.output / "preference.jsonl")
     summary["seed"] = args.seed
     summary["seconds"] = {}
     for line in (args.output / "seconds.tsv").read_text().splitlines():
@@ -79,6 +78,27 @@ def main(args):
     print(table)
     write_whole(args.output / "report.html", make_report(table, (args.output / "picture.png").read_bytes()))
     print(f"\n{args.output}/picture.png shows the same prompts and seeds, base above adapted")
+
+
+def judge_choices(path: Path) -> dict:
+    """Return how often each model, and a judge who has the human's taste without the noise, picks what the human chose.
+
+    `correlation` is that of a model's scores with the human's, both less their means within each prompt.
+    """
+    rows = list(read(path, {"prompt": str, "images": list, "ranks": list, "scores": dict, "top1": dict}))
+    human = np.array([[world.human_score(Image.open(i), row["prompt"]) for i in row["images"]] for row in rows])
+    chosen = np.array([row["ranks"] for row in rows]).argmin(1)
+    accuracy = float((human.argmax(1) == chosen).mean())
+    human -= human.mean(1, keepdims=True)
+    models = {}
+    for label in rows[0]["scores"]:
+        scores = np.array([row["scores"][label] for row in rows])
+        scores -= scores.mean(1, keepdims=True)
+        models[label] = {
+            "accuracy": float(np.mean([row["top1"][label] for row in rows])),
+            "correlation": float(np.corrcoef(scores.ravel(), human.ravel())[0, 1]),
+        }
+    return {"prompts": len(rows), "chance": 1 / human.shape[1], "noise_free_accuracy": accuracy, "models": models}
 
 
 def sums(name: str, values: np.ndarray) -> dict[str, float]:
@@ -109,10 +129,16 @@ def make_table(summary: dict) -> str:
             f"HPS {p['hps_mean']:+.2f} ± {p['hps_se']:.2f} ({p['hps_mean'] / p['hps_se']:.1f})"
         )
     seconds = summary["seconds"]
+    lines.append(f"{summary['base']['n']} pictures a row; {sum(seconds.values())} s in all")
+    choices = summary["choices"]
+    best = choices["noise_free_accuracy"]
     lines.append(
-        f"{summary['base']['n']} pictures a row; the classifier picks the human's choice among four in "
-        f"{summary['classifier_accuracy']:.1%} of the test prompts; {sum(seconds.values())} s in all"
+        f"\nthe human's choice among four in {choices['prompts']} test prompts (chance {choices['chance']:.0%}):"
     )
+    lines.append(f"{'a judge without noise':36} {best:.1%}")
+    for label, s in choices["models"].items():
+        share = f"{s['accuracy'] / best:.0%} of that judge"
+        lines.append(f"{label:36} {s['accuracy']:.1%}, {share}; correlation with the human {s['correlation']:.2f}")
     return "\n".join(lines)
 
 

@@ -195,14 +195,15 @@ def score(choices: list[Choice], scorer, batch_size: int, num_workers: int, show
         return
     prompts = list(dict.fromkeys(choice.prompt for choice in choices))
     encoded = dict(zip(prompts, scorer.encode_prompts(prompts), strict=True))
+    images = [image for choice in choices for image in choice.images]
     loader = DataLoader(
-        Pictures([image for choice in choices for image in choice.images], scorer.preprocess),
+        Pictures(images, scorer.preprocess),
         batch_size=batch_size,
-        num_workers=num_workers,
+        num_workers=min(num_workers, -(-len(images) // batch_size)),
         collate_fn=collate,
         pin_memory=scorer.device.type == "cuda",
     )
-    bar = tqdm(total=sum(len(choice.images) for choice in choices), desc="score", unit="image", disable=not show)
+    bar = tqdm(total=len(images), desc="score", unit="image", disable=not show)
     features, reasons, rest = [], [], iter(loader)
     for choice in choices:
         n = len(choice.images)
