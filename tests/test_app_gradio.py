@@ -123,7 +123,7 @@ def test_a_full_queue_sends_visitors_away_with_a_message(app):
         refused = []
         for job in jobs:
             try:
-                job.exception(timeout=1)
+                job.exception(timeout=0.5)
             except TimeoutError:
                 continue
             refused.append(job)
