@@ -25,6 +25,7 @@ class Hub:
         self.folder = folder
         self.faults = defaultdict(list)  # of the content
         self.refusals = defaultdict(list)  # of the hub's own answers: "503"
+        self.ranges = True  # whether range requests are answered as such
         self.log = []  # (method, path, Range header, bytes sent) of the content's server
         self.tokens = set()  # that reached the content's server, where none belongs
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in (Front, Content)]
@@ -99,7 +100,7 @@ class Content(Handler):
         if "Authorization" in self.headers:
             hub.tokens.add(self.headers["Authorization"])
         content = (hub.folder / name).read_bytes()
-        status, headers, asked = 200, {}, self.headers.get("Range")
+        status, headers, asked = 200, {}, self.headers.get("Range") if hub.ranges else None
         if asked:
             first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", asked).groups()
             start = int(first) if first else max(0, len(content) - int(last))

@@ -255,6 +255,13 @@ def test_what_the_hub_refuses_or_lacks(tmp_path, hub, capsys):
     assert len(diffusiondb.open_part_anywhere(part, tmp_path / "cache").namelist()) == 61
 
 
+def test_a_server_without_ranges_is_not_let_to_send_the_whole_zip(tmp_path, hub):
+    write_hub_part(tmp_path)
+    hub.ranges = False
+    with pytest.raises(UserError, match="does not answer range requests"):
+        diffusiondb.open_part_anywhere(diffusiondb.find_parts("2m:2")[0], tmp_path / "cache")
+
+
 def test_offline_means_offline(tmp_path, hub, monkeypatch):
     write_hub_part(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

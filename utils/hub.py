@@ -140,19 +140,20 @@ class RangeFile(io.RawIOBase):
         # The hub leads to signed addresses elsewhere, which hold for a while and are not to see its token.
         headers = build_hf_headers() if self.url == self.hub_url else {}
         url, self.url = self.url, self.hub_url
-        answer = self.session.get(url, headers=headers | {"Range": wanted}, timeout=TIMEOUT)
-        if answer.status_code in (401, 403) and url != self.hub_url:
-            raise OSError("the signed address has expired")
-        answer.raise_for_status()
-        self.fetched += len(answer.content)
-        said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
-        if answer.status_code != 206 or not said:
-            raise UserError(f"{self.what}: the server does not answer range requests")
+        with self.session.get(url, headers=headers | {"Range": wanted}, timeout=TIMEOUT, stream=True) as answer:
+            if answer.status_code in (401, 403) and url != self.hub_url:
+                raise OSError("the signed address has expired")
+            answer.raise_for_status()
+            said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+            if answer.status_code != 206 or not said:  # the whole zip is on its way
+                raise UserError(f"{self.what}: the server does not answer range requests")
+            content = answer.content
+        self.fetched += len(content)
         start, last, size = map(int, said.groups())
-        if len(answer.content) != last + 1 - start:
+        if len(content) != last + 1 - start:
             raise OSError("the answer was cut short")
         self.url = answer.url
-        return start, answer.content, size
+        return start, content, size
 
     def read(self, count: int = -1) -> bytes:
         start = self.position
