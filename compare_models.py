@@ -73,7 +73,7 @@ def main(args):
     labels = name_models(args.labels, folders)
     metas = [read_meta(folder) for folder in folders]
     pairs, left_out = pair_pictures(folders, metas)
-    sets = find_scores(args, labels)
+    sets = find_scores(args, folders)
     begin_report(args, folders)
 
     # Score it.
@@ -190,18 +190,20 @@ def tell_left_out(output: Path, errors: list[dict]):
 # --- scores ---
 
 
-def find_scores(args, labels: list[str]) -> dict[str, list]:
+def find_scores(args, folders: list[Path]) -> dict[str, list]:
     """Return {score's name: a file a folder}; those of HPS may still have to be written."""
     if args.tie < 0:
         raise UserError(f"--tie {args.tie}: should be 0 or more")
     files = [file for group in args.scores for file in group]
-    if len(files) % len(labels):
-        raise UserError(f"--scores: expected a file for each of the {len(labels)} folders, found {len(files)}")
-    sets = [files[i : i + len(labels)] for i in range(0, len(files), len(labels))]
+    if len(files) % len(folders):
+        raise UserError(f"--scores: expected a file for each of the {len(folders)} folders, found {len(files)}")
+    sets = [files[i : i + len(folders)] for i in range(0, len(files), len(folders))]
     names = args.score_names or ["score" if len(sets) == 1 else f"score {i + 1}" for i in range(len(sets))]
     if args.hpc:
         names = ["HPS", *names]
-        sets.insert(0, [args.output / "scores" / f"{m}_{slug(label)}.jsonl" for m, label in enumerate(labels)])
+        sets.insert(
+            0, [args.output / "scores" / f"{m}_{folder.resolve().name}.jsonl" for m, folder in enumerate(folders)]
+        )
     elif not (sets or args.vote or (args.output / "votes.jsonl").exists()):
         raise UserError("nothing to compare by: give --hpc, --scores or --vote")
     if len(set(names)) != len(sets) or len(names) != len(sets):
@@ -300,10 +302,6 @@ def statistics(differences: np.ndarray, seed: int = 0, tie: float = 0.0) -> dict
 
 
 # --- what is written ---
-
-
-def slug(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)[:60]
 
 
 def link_pictures(output: Path, folders: list[Path], pairs: list[tuple]) -> list[list[str]]:
