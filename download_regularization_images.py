@@ -45,23 +45,12 @@ from tqdm import tqdm
 from utils import img2dataset, jsonl, runs, web
 from utils.errors import UserError, one_line_errors
 from utils.images import eight_bit, to_rgb
-from utils.tables import Limit, Table, open_table, to_number
+from utils.tables import Limit, Table, open_table, pick_columns, to_number
 from utils.web import Skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow also opens EPS, by running a PostScript interpreter
 WINDOW = 32  # rows a thread that may be under way while the first of them is still waited for
-OFFLINE = 1000  # so many rows in a row without an answer are our network's fault, not theirs
-
-# How tables spell their columns, in lower case and without signs: AESTHETIC_SCORE is aestheticscore.
-SPELLINGS = {
-    "url_column": ("url", "imageurl", "imgurl", "photoimageurl", "imagelink", "link", "uri"),
-    "caption_column": ("caption", "text", "alttext", "alt", "description", "title", "prompt"),
-    "score_column": ("aestheticscore", "aesthetic", "aesthetics", "aestheticsscore", "aestheticscorev2"),
-    "unsafe_column": ("punsafe", "unsafe"),
-    "watermark_column": ("pwatermark", "watermark"),
-    "width_column": ("width", "imagewidth", "photowidth", "originalwidth"),
-    "height_column": ("height", "imageheight", "photoheight", "originalheight"),
-}
+OFFLINE = 200  # so many hosts in a row that do not answer are our network's fault, not theirs
 
 
 def parse_args(argv=None):
@@ -105,7 +94,7 @@ def main(args):
         source, columns = f"img2dataset's {Path(args.from_img2dataset).resolve()}", {}
     else:
         table = open_table(args.urls, args.dataset, args.split)
-        source, columns = table.source, pick_columns(table, args)
+        source, columns = table.source, pick_columns(table, vars(args))
         limits = pick_limits(columns, args)
     if args.write_urls:
         return write_urls(table, columns, limits, Path(args.write_urls))
@@ -115,12 +104,13 @@ def main(args):
     rows_path, errors_path, run_path = (
         folder.with_name(folder.name + suffix) for suffix in (".jsonl", ".errors.jsonl", ".run.json")
     )
-    settings = {"table": source, "min_size": args.min_size, "max_aspect": args.max_aspect}
+    aspect = args.max_aspect if args.max_aspect < math.inf else "any"  # JSON has no infinity
+    settings = {"table": source, "min_size": args.min_size, "max_aspect": aspect}
     if not args.from_img2dataset:
         settings |= {
             "table": f"sha256 {runs.sha256(args.urls)}" if args.urls else f"{args.dataset}, split {args.split}",
             **columns,
-            "limits": [list(limit) for limit in limits],
+            "limits": [f"{limit.lowest:g} <= {limit.column} <= {limit.highest:g}" for limit in limits],
             "image_size": args.image_size,
             "quality": args.quality,
         }
@@ -150,7 +140,7 @@ def main(args):
 
         # Write down in the table's order: so the result does not depend on who answers first.
         bar = tqdm(total=args.num_images, initial=min(len(done), args.num_images), unit="img", smoothing=0.05)
-        received = unanswered = 0
+        received, unanswered = 0, set()
         with bar, closing(outcomes):
             for number, url, caption, outcome in outcomes:
                 if isinstance(outcome, Picture) and known.get(outcome.sha256, number) != number:
@@ -168,9 +158,13 @@ def main(args):
                 else:
                     failed[number] = str(outcome)
                     errors.write(error_row(number, outcome))
-                unanswered = unanswered + 1 if str(outcome).startswith(("dead host", "timeout")) else 0
-                if unanswered == OFFLINE:
-                    raise UserError(f"nobody answered {OFFLINE:,} times: is this machine online? Later, add --retry")
+                unanswered.add(host_of((number, url)))
+                if not str(outcome).startswith(("dead host", "timeout")):
+                    unanswered.clear()
+                if len(unanswered) == OFFLINE:
+                    raise UserError(
+                        f"{OFFLINE} hosts in a row did not answer: is this machine online? Later, add --retry"
+                    )
                 speed = received / 1e6 / max(monotonic() - start, 1e-3)
                 bar.set_postfix_str(f"{len(failed):,} failed, {speed:.1f} MB/s", refresh=not bar.n)
                 if len(done) >= args.num_images:
@@ -265,24 +259,6 @@ def print_reasons(reasons: Counter):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
-
-
-def pick_columns(table: Table, args) -> dict[str, str | None]:
-    """Return the columns by what they hold: those given, else the first of the usual spellings that there is."""
-    has = f"(it has {', '.join(table.columns) or 'none'})"
-    plain = {re.sub("[^a-z0-9]", "", name.lower()): name for name in reversed(table.columns)}
-    columns = {}
-    for flag, spellings in SPELLINGS.items():
-        given = getattr(args, flag, None)
-        if given is not None and given not in table.columns:
-            raise UserError(f"{table.source}: no column {given!r} for --{flag} {has}")
-        columns[flag] = given or next((plain[spelling] for spelling in spellings if spelling in plain), None)
-        if columns[flag] is None and flag in ("url_column", "caption_column"):
-            raise UserError(f"{table.source}: which is the {flag}? Pass --{flag} {has}")
-    print(f"{table.source}: " + ", ".join(f"{flag} {name}" for flag, name in columns.items() if name is not None))
-    if columns["score_column"] is None:
-        print(f"no aesthetic scores among its columns {has}: --min_aesthetic is not applied")
-    return columns
 
 
 def pick_limits(columns: dict, args) -> list[Limit]:

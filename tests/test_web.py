@@ -281,6 +281,16 @@ def test_connections_are_kept_and_names_looked_up_once(web, monkeypatch):
     assert lookups.count("kept.example") == 1
 
 
+def test_a_proxy_is_used_where_one_is_set(web, monkeypatch):
+    monkeypatch.setenv("http_proxy", web.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    web.pages["http://far.example/a.png"] = b"through the proxy"
+    web.add("/a.png", b"directly")
+    client = open_client()
+    assert client.fetch("http://far.example/a.png", 30, 1000) == b"through the proxy"
+    assert client.fetch(web.url + "/a.png", 30, 1000) == b"directly"
+
+
 def test_a_connection_that_went_stale_is_made_anew(web):
     def hangs_up(handler):
         handler.answer(200, b"picture")

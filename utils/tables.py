@@ -18,6 +18,17 @@ import numpy as np
 
 from utils.errors import UserError
 
+# How tables spell their columns, in lower case and without signs: AESTHETIC_SCORE is aestheticscore.
+SPELLINGS = {
+    "url_column": ("url", "imageurl", "imgurl", "photoimageurl", "imagelink", "link", "uri"),
+    "caption_column": ("caption", "text", "alttext", "alt", "description", "title", "prompt"),
+    "score_column": ("aestheticscore", "aesthetic", "aesthetics", "aestheticsscore", "aestheticscorev2"),
+    "unsafe_column": ("punsafe", "unsafe"),
+    "watermark_column": ("pwatermark", "watermark"),
+    "width_column": ("width", "imagewidth", "photowidth", "originalwidth"),
+    "height_column": ("height", "imageheight", "photoheight", "originalheight"),
+}
+
 
 class Limit(NamedTuple):
     """Rows whose `column` is a number outside [lowest, highest] are left out and counted under `reason`."""
@@ -100,6 +111,27 @@ def open_file(path: Path):
     reader = csv.reader(file, delimiter="\t" if kind[2] == "tsv" else ",")
     columns = next(reader, [])
     return columns, lambda wanted, limits, counts: text_rows(csv_rows(reader, columns), limits, counts)
+
+
+def pick_columns(table: Table, options: dict) -> dict[str, str | None]:
+    """Return the columns by what they hold: those given as options, else the first of the usual spellings that there is.
+
+    Only those of the addresses and of the captions have to be there; None stands for any other that is not.
+    """
+    has = f"(it has {', '.join(table.columns) or 'none'})"
+    plain = {re.sub("[^a-z0-9]", "", name.lower()): name for name in reversed(table.columns)}
+    columns = {}
+    for flag, spellings in SPELLINGS.items():
+        given = options.get(flag)
+        if given is not None and given not in table.columns:
+            raise UserError(f"{table.source}: no column {given!r} for --{flag} {has}")
+        columns[flag] = given or next((plain[spelling] for spelling in spellings if spelling in plain), None)
+        if columns[flag] is None and flag in ("url_column", "caption_column"):
+            raise UserError(f"{table.source}: which is the {flag}? Pass --{flag} {has}")
+    print(f"{table.source}: " + ", ".join(f"{flag} {name}" for flag, name in columns.items() if name is not None))
+    if columns["score_column"] is None:
+        print(f"no aesthetic scores among its columns {has}: --min_aesthetic is not applied")
+    return columns
 
 
 def arrow_rows(batches, limits: list[Limit], counts: Counter) -> Iterator[tuple[int, dict]]:

@@ -61,8 +61,9 @@ class Client:
     def __init__(self, num_workers: int, per_host: int, allow_private: bool):
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # odd headers of strange servers are no news
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a file a connection, and some shells allow 256
-        if soft != hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard > 0 else 65536, hard))
+        enough = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        if soft != resource.RLIM_INFINITY and soft < enough:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
         self.lookups, self.lock = {}, threading.Lock()
         self.resolvers = ThreadPoolExecutor(32, thread_name_prefix="resolver")  # more would drown a home router
         self.silent = {}  # (host, port): failed connections in a row, and when the last was
