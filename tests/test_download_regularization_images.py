@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -373,6 +374,10 @@ def test_the_filtered_table_is_written_for_img2dataset(web, tmp_path, capsys):
 
 
 def test_a_machine_that_is_offline_says_so(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(stage, "OFFLINE", 20)
     urls = ["http://0.invalid/a.png"] * 30 + [f"http://{i}.invalid/a.png" for i in range(50)]
     table = write_csv(tmp_path / "t.csv", [(url, "c") for url in urls], ["url", "caption"])
