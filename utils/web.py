@@ -313,7 +313,7 @@ def in_order(
     jobs = iter(jobs)
     fetchers = ThreadPoolExecutor(num_workers, thread_name_prefix="fetch")
     processors = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="process")
-    room = threading.Semaphore(2 * num_workers)  # what was fetched and not yet processed lies in memory
+    room = threading.Semaphore(4 * num_workers)  # what was fetched and not yet processed lies in memory
     stopped = threading.Event()
 
     def fetch_one(job):
