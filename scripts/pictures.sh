@@ -57,9 +57,9 @@ for _ in range(120):
         break
     except OSError:
         time.sleep(1)
-with open_page(1280, 900) as page:
+with open_page(1280, 1300) as page:
     page.goto(app)
-    for example in (3, 0):
+    for example in (0, 1, 3, 2):
         page.locator("#examples button").nth(example).click()
         page.wait_for_timeout(500)
         page.click("#generate")
