@@ -202,6 +202,8 @@ def check_options(args):
         raise UserError("--from_img2dataset and --write_urls: the table is written before img2dataset runs")
     if args.from_img2dataset and not Path(args.from_img2dataset).is_dir():
         raise UserError(f"--from_img2dataset {args.from_img2dataset}: no such folder")
+    if args.from_img2dataset and not any(Path(args.from_img2dataset).glob("[0-9]*.parquet")):
+        raise UserError(f"--from_img2dataset {args.from_img2dataset}: no shard of img2dataset there")
     if args.write_urls and not args.write_urls.endswith(".parquet"):
         raise UserError(f"--write_urls {args.write_urls}: should end in .parquet")
 

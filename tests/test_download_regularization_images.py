@@ -479,11 +479,14 @@ def test_img2dataset_shards_that_were_cut_or_are_elsewhere(tmp_path):
     assert [row["caption"] for row in rows_of(folder)] == [*(f"caption {i}" for i in range(4)), "eight"]
     assert {4, 5, 10_000} == set(errors_of(folder))
     assert errors_of(folder)[10_000].startswith("missing: 000010000 in ")
+    (source / "00000_stats.json").unlink()
+    (source / "00001_stats.json").unlink()
     with pytest.raises(UserError, match="no finished shard"):
-        take_over(tmp_path, tmp_path / "shards" / "00001", "--overwrite")
-    for flags, said in [(["--from_img2dataset", tmp_path / "no"], "no such folder")]:
+        take_over(tmp_path, source, "--overwrite")
+    for folder, said in ((tmp_path / "no", "no such folder"), (source / "00001", "no shard of img2dataset there")):
         with pytest.raises(UserError, match=said):
-            stage.main(stage.parse_args([str(flag) for flag in flags]))
+            take_over(tmp_path / "other", folder)
+    assert not (tmp_path / "other").exists()
 
 
 def test_num_images_is_exact_and_may_grow(web, tmp_path):
