@@ -134,7 +134,7 @@ def main(args):
         elif args.from_img2dataset:
             outcomes = take_over(Path(args.from_img2dataset), waiting, skip, args)
         else:
-            items = candidates(table.rows(list_columns(columns), limits, filtered), columns, skip)
+            items = candidates(table.rows(columns.values(), limits, filtered), columns, skip)
             # Not many more rows are begun than the pictures that are missing: about half give one.
             outcomes = download_all(items, waiting, args, lambda: 2 * (args.num_images - len(done)) + 16)
 
@@ -275,10 +275,6 @@ def pick_limits(columns: dict, args) -> list[Limit]:
     return [limit for limit in limits if limit.column is not None]
 
 
-def list_columns(columns: dict) -> list[str]:
-    return list(dict.fromkeys(name for name in columns.values() if name is not None))
-
-
 def candidates(rows, columns: dict, skip=frozenset()) -> Iterator[tuple]:
     """Yield (number, url, caption, problem or None) of the rows that are not in `skip`."""
     for number, row in rows:
@@ -314,7 +310,7 @@ def write_urls(table: Table, columns: dict, limits: list[Limit], path: Path):
     schema = pa.schema([("url", pa.string()), ("caption", pa.string()), ("row", pa.int64())])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     reasons, batch, written = Counter(), [], 0
-    rows = tqdm(candidates(table.rows(list_columns(columns), limits, reasons), columns), unit="rows")
+    rows = tqdm(candidates(table.rows(columns.values(), limits, reasons), columns), unit="rows")
     errors_path = path.with_suffix(".errors.jsonl")
     errors_path.unlink(missing_ok=True)
     try:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class Limit(NamedTuple):
 class Table(NamedTuple):
     source: str
     columns: list[str]
-    rows: Callable[[list[str], list[Limit], Counter], Iterator[tuple[int, dict | str]]]
+    rows: Callable[[Iterable[str | None], list[Limit], Counter], Iterator[tuple[int, dict | str]]]
     """rows(wanted columns, limits, counts of what was left out) streams (number, row). To be called once."""
 
 
@@ -61,7 +61,7 @@ def open_table(path: str | None, dataset: str, split: str) -> Table:
 
     def rows(wanted, limits, counts):
         try:
-            yield from stream(wanted, limits, counts)
+            yield from stream(list(dict.fromkeys(name for name in wanted if name is not None)), limits, counts)
         except Exception as error:
             raise one_line(error) from None
 
