@@ -68,7 +68,7 @@ def _apart(end, function, args):
         end.send(error)
 
 
-def report(name: str, rows: list[dict], unit: str = "images/s", **settings):
+def report(name: str, rows: list[dict], /, unit: str = "images/s", **settings):
     """Print a table and write it to benchmarks/results/<name>.<cpu|gpu>.json.
 
     Each row has "what", "speed" (in `unit`), "peak_gib" (or None). The row whose "what" starts with "plain" and the one
