@@ -38,7 +38,7 @@ def main(args):
         {"what": "the last tenth of the rows", "speed": speeds[-1], "peak_gib": resident[-1]},
         {"what": "the second tenth", "speed": speeds[1], "peak_gib": resident[1]},
     ]
-    tables.report("annotation_scale", rows, "rows/s", rows=args.parts * 1000)
+    tables.report("annotation_scale", rows, "rows/s", total=args.parts * 1000)
 
 
 class Scorer:

@@ -47,7 +47,7 @@ def main(args):
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     rows.append({"what": f"ours: {seconds:.1f} s with its start", "speed": args.rows / seconds, "peak_gib": peak})
-    tables.report(f"selection_{args.rows // 1_000_000}m", rows, "rows/s", rows=args.rows)
+    tables.report(f"selection_{args.rows // 1_000_000}m", rows, "rows/s", total=args.rows)
 
 
 def generate(path: Path, count: int):
