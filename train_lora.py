@@ -23,6 +23,7 @@ so a run depends neither on the number of workers or processes nor on being inte
 """
 
 import argparse
+import importlib.util
 import math
 import shutil
 import sys
@@ -37,6 +38,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -123,7 +125,7 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoints_total_limit", type=int, help="keep only so many, the latest (default: all)")
     parser.add_argument("--resume_from_checkpoint", default="latest", help='"latest", or a checkpoint folder')
     parser.add_argument("--overwrite", action="store_true", help="start anew, removing the checkpoints of another run")
-    parser.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+    parser.add_argument("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard")
     parser.add_argument("--logging_dir", default="logs", help="of the trackers, inside OUTPUT_DIR")
     parser.add_argument(
         "--logging_steps", type=int, default=10, help="steps between writes of the log; each step is in it"
@@ -144,6 +146,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    check_options(args)
     tracker = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -184,6 +187,7 @@ def main(args):
     )  # fmt: skip
     cast_training_params(unet, torch.float32)
     pipe.to(accelerator.device)
+    make_lean(unet, dtype)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
@@ -289,6 +293,18 @@ def main(args):
 # --- beginning a run ---
 
 
+def check_options(args):
+    """Refuse what cannot work before anything is loaded."""
+    for option in (
+        "lora_rank", "resolution", "crops_per_image", "train_batch_size", "gradient_accumulation_steps",
+        "checkpointing_steps", "logging_steps", "num_validation_images", "validation_iters",
+    ):  # fmt: skip
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} {getattr(args, option)}: should be at least 1")
+    if args.report_to == "wandb" and not importlib.util.find_spec("wandb"):
+        raise UserError("--report_to wandb: not installed (pip install wandb)")
+
+
 def usable_rows(args, accelerator) -> tuple[list[dict], list[dict]]:
     """Return the rows to train on, and what is wrong with those left out."""
     rows = read_rows(args)
@@ -354,8 +370,33 @@ def load_pipeline(args, dtype) -> StableDiffusionPipeline:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {reason}") from None
+    if args.resolution % pipe.vae_scale_factor:
+        raise UserError(f"--resolution {args.resolution}: should be a multiple of {pipe.vae_scale_factor}")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_lean(unet, dtype):
+    """Leave out passes over the UNet's activations that change nothing but rounding.
+
+    PEFT multiplies what the LoRA adds by its scale, then adds it; here the matrix product does both. Under autocast the
+    norms would return fp32, and so would what follows; their kernels sum in fp32 in any case, and Stable Diffusion is
+    drawn from in pure half precision.
+    """
+    for module in unet.modules():
+        if isinstance(module, LoraLinear):
+            module.forward = partial(lora_linear, module)
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)) and dtype != torch.float32:
+            module.forward = torch.autocast(unet.device.type, enabled=False)(module.forward)
+
+
+def lora_linear(module: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """Return W x + b + scale * up (down x)."""
+    down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+    base, inner = module.base_layer(x), F.linear(x, down)
+    return torch.addmm(base.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=module.scaling["default"]).view(
+        base.shape
+    )
 
 
 @torch.no_grad()

@@ -423,6 +423,10 @@ def test_mistakes(pictures, tmp_path):
             ]
             train_lora.main(train_lora.parse_args(options))
     assert not (tmp_path / "o").exists()
+    with pytest.raises(UserError, match="--train_batch_size 0: should be at least 1"):
+        run(pictures, tmp_path / "o", "--train_batch_size", 0)
+    with pytest.raises(UserError, match="--resolution 30: should be a multiple of 4"):
+        run(pictures, tmp_path / "o", "--resolution", 30)
     with pytest.raises(UserError, match="validation.txt: no such file; write a prompt a line"):
         run(pictures, tmp_path / "o", "--validation_prompt_file", tmp_path / "validation.txt")
     command = [sys.executable, "train_lora.py", *arguments(pictures, tmp_path / "o", "--max_train_steps", 1)]
@@ -434,20 +438,49 @@ def test_mistakes(pictures, tmp_path):
 
 def test_shell_script_shares_the_paper_batch_out(pictures, tmp_path):
     """`bash scripts/train_lora.sh` as in the original, on two CPU processes: 40 pictures a step, 20 for each."""
-    environment = os.environ | {
-        "work_dir": str(tmp_path / "work"),
-        "model": SD,
-        "processes": "2",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | {"work_dir": str(tmp_path / "work"), "model": SD, "processes": "2"}
     environment |= {"annotation": str(pictures / "annotation.jsonl"), "validation_prompts": "none"}
-    environment |= {"regularization": str(pictures / "regularization_images.jsonl")}
+    environment |= {"regularization": str(pictures / "regularization_images.jsonl"), "OMP_NUM_THREADS": "1"}
     options = ["--resolution", "32", "--max_train_steps", "1", "--dataloader_num_workers", "0", "--report_to", "none"]
     command = ["bash", "scripts/train_lora.sh", *options, "--cpu", "--mixed_precision", "no"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     settings = json.loads((tmp_path / "work" / "run.json").read_text())["settings"]
     assert (settings["global_batch"], settings["learning_rate"]) == (40, 1e-5)
-    assert (tmp_path / "work" / "pytorch_lora_weights.safetensors").exists()
-    done = subprocess.run(command, env=environment | {"processes": "3"}, capture_output=True, text=True)
-    assert done.returncode == 2 and "cannot be shared out evenly among 3 processes" in done.stderr
+    assert "LoRA after 1 steps of 40 pictures" in done.stdout
+
+
+def test_shell_scripts_on_gpus_machines_and_slurm(tmp_path):
+    """The command lines that come out, with stand-ins for the launcher, the GPUs and SLURM."""
+    stand_ins = {
+        "torchrun": 'echo "$@"',
+        "nvidia-smi": 'for i in $(seq "$gpus_here"); do echo "GPU $i"; done',
+        "scontrol": "echo node7; echo node8",
+        "srun": 'for rank in 0 1; do SLURM_PROCID=$rank "$@"; done',
+    }
+    for name, command in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "123456"}
+    two = {"machines": "2", "machine_rank": "1", "main_address": "node1"}
+
+    def lines(script, gpus, **more):
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "gpus_here": str(gpus)} | more
+        done = subprocess.run(["bash", f"scripts/{script}", "--seed", "a b"], env=environment, capture_output=True)
+        return done.returncode, done.stdout.decode().splitlines()
+
+    for script, gpus, more, launch, batch in (
+        ("train_lora.sh", 1, {}, ["--nproc_per_node 1 --standalone"], 40),
+        ("train_lora.sh", 8, {}, ["--nproc_per_node 8 --standalone"], 5),
+        ("train_lora.sh", 4, two, ["--nnodes 2 --node_rank 1 --master_addr node1 --master_port 29500"], 5),
+        (
+            "train_lora_slurm.sh", 4, slurm,
+            [f"--nnodes 2 --node_rank {rank} --master_addr node7 --master_port 23456" for rank in (0, 1)], 5,
+        ),
+    ):  # fmt: skip
+        code, said = lines(script, gpus, **more)
+        assert code == 0 and len(said) == len(launch)
+        for line, expected in zip(said, launch, strict=True):
+            assert f"{expected} train_lora.py" in line and f"--train_batch_size {batch} " in line
+            assert "--mixed_precision fp16" in line and line.endswith("--seed a b")
+    assert lines("train_lora.sh", 3) == (2, [])

@@ -9,6 +9,7 @@ Sampling the posterior stays with the training step. At 512 px an entry takes 64
 pictures, times --crops_per_image. A killed run goes on; several runs may share a folder: one fills it, the others wait.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -74,11 +75,11 @@ class LatentCache:
     def lock(self):
         """Keep other runs out of the folder, or wait for the one that is in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
+        with open(self.folder.parent / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another run that fills {self.folder}")
+                print(f"waiting for another run that fills {self.folder.parent}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -90,21 +91,23 @@ class LatentCache:
             wanted = [self.keys(row, contents) for row in self.rows]
             new = list(dict.fromkeys(key for keys in wanted for key in keys if key not in entry_of))
             size, free = 2 * int(np.prod(self.shape)), shutil.disk_usage(self.folder).free
-            # The files are sparse: what was planned and not yet filled takes its place only now.
-            taken = sum(os.stat(path).st_blocks * 512 for path in self.folder.glob("latents.f16"))
-            needed = size * (len(entry_of) + len(new)) - taken
-            if needed > free:
+            if size * len(new) > free:
                 raise UserError(
                     f"--cache_latents {self.args.cache_latents}: {len(new)} more latents of {size} bytes take "
-                    f"{needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
+                    f"{size * len(new) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
                 )
             for key in new:
                 entry_of[key] = len(entry_of)
                 file.write({"key": key})
         for name, width in (("latents.f16", size), ("state.u8", 1)):
-            path = self.folder / name
-            path.touch()
-            os.truncate(path, len(entry_of) * width)
+            with open(self.folder / name, "ab") as file:
+                # Reserved now: a disk that fills up later would end a process that writes to mapped memory.
+                try:
+                    os.posix_fallocate(file.fileno(), 0, len(entry_of) * width)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+                    os.truncate(file.fileno(), len(entry_of) * width)  # a file system that cannot reserve
         return np.array([[entry_of[key] for key in keys] for keys in wanted])
 
     def open(self, entries: np.ndarray):
@@ -124,7 +127,9 @@ class LatentCache:
             for picture, crops in enumerate(self.entries)
             for crop, entry in enumerate(crops)
         }
-        groups = sorted({entry // GROUP for entry in origin if self.state[entry] == MISSING})[rank::processes]
+        # By number, since another process may have filled some of its own already.
+        missing = {entry // GROUP for entry in origin if self.state[entry] == MISSING}
+        groups = sorted(group for group in missing if group % processes == rank)
         groups = [[(e, *origin[e]) if e in origin else None for e in range(g * GROUP, (g + 1) * GROUP)] for g in groups]
         loader = DataLoader(groups, batch_size=None, num_workers=workers, collate_fn=self.decode)
         for entries, pixels, errors in tqdm(loader, "cache_latents", unit="group", disable=not log or not groups):

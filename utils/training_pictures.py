@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.images import open_image, to_rgb
-from utils.jsonl import Appender, read_with_places
+from utils.jsonl import Appender, read, read_with_places
 
 KINDS = ("positive", "negative", "regularization")
 
@@ -158,10 +158,13 @@ def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def log_broken(row: dict, reason, output: str | Path):
-    """Say that another picture takes this one's place, and write it to errors.jsonl."""
-    with Appender(Path(output) / "errors.jsonl") as file:
-        file.write({"item": f"{row['where']}: {row['name']}", "stage": "train", "reason": str(reason)})
-    print(f"{row['where']}: {row['name']}: {reason}; another picture takes its place", file=sys.stderr)
+    """Say that another picture takes this one's place, and write it to errors.jsonl, once."""
+    error = {"item": f"{row['where']}: {row['name']}", "stage": "train", "reason": str(reason)}
+    print(f"{error['item']}: {reason}; another picture takes its place", file=sys.stderr)
+    path = Path(output) / "errors.jsonl"
+    with Appender(path) as file:
+        if error not in read(path):
+            file.write(error)
 
 
 def possible_prompts(rows: list[dict], args) -> list[str]:
