@@ -16,9 +16,9 @@ prompt (paper, section 4), and the loss is its cross-entropy with the choice, av
 
     p_i = exp(s * cos(image_i, prompt)) / sum_j exp(s * cos(image_j, prompt))        loss = -log p_chosen
 
-The last blocks of both towers train, and what comes after them: final norms, projections and the logit scale s. Nothing is
-augmented, as in the release. A step's prompts are dealt out to the processes, so how many there are does not change the
-result beyond rounding.
+The last blocks of both towers train, and what comes after them: final norms, projections and the logit scale s. By
+default nothing is augmented, as in the release. A step's prompts are dealt out to the processes, so how many there are
+does not change the result beyond rounding.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -64,6 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--warmup_steps", type=int, default=0)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: accelerate's configuration")
+    parser.add_argument("--random_flip", action="store_true", help="mirror half of the pictures; not in the release")
     parser.add_argument("--seed", type=int, default=42)
     # Memory: the same result, beyond rounding.
     parser.add_argument(
@@ -157,12 +159,9 @@ def main(args):
 
     # Write the record, then the classifier: once that is there, the run is finished.
     if accelerator.is_main_process:
-        counts = {
-            "train_prompts": len(train_choices),
-            "test_prompts": len(test_choices),
-            "dropped_prompts": len(errors),
-        }
-        results = {**tested, **({"best_test_accuracy": best} if len(tests) > 1 else {}), "steps": steps}
+        counts = {"train_prompts": len(train_choices), "test_prompts": len(test_choices)}
+        counts |= {"dropped_prompts": len(errors), "steps": steps}
+        results = tested | ({"best_test_accuracy": best} if len(tests) > 1 else {})
         runs.finish(f"{args.output}.run.json", record, **results, **counts, seconds=round(time.time() - started, 1))
         save_classifier(Path(args.output), scorer, args, accelerator, steps, tested)
         checkpoint_path.unlink(missing_ok=True)
@@ -231,8 +230,9 @@ class PromptBatches(Dataset):
         # The mean over the step's prompts. DDP averages over the processes, hence their number. One that has no prompt in
         # this step takes part with another's, which counts for nothing.
         weight = self.processes / len(whole) if len(mine) else 0.0
-        rows = [self.choices[i] for i in (mine if len(mine) else whole[:1])]
-        pixels = torch.stack([self.preprocess(preferences.open_choice(image)) for row in rows for image in row.images])
+        mine = mine if len(mine) else whole[:1]
+        pixels = torch.stack([self.load(epoch, i, k) for i in mine for k in range(len(self.choices[i].images))])
+        rows = [self.choices[i] for i in mine]
         tokens = self.tokenizer([row.prompt for row in rows])
         return (
             pixels,
@@ -242,6 +242,13 @@ class PromptBatches(Dataset):
             weight,
             part == parts - 1,
         )
+
+    def load(self, epoch: int, i: int, k: int) -> torch.Tensor:
+        """Return image k of choice i, preprocessed; whether it is mirrored comes from (seed, epoch, choice, image)."""
+        image = preferences.open_choice(self.choices[i].images[k])
+        if self.args.random_flip and np.random.default_rng((self.args.seed, epoch, i, k)).random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.preprocess(image)
 
 
 # --- model and optimisation ---
@@ -258,16 +265,17 @@ def make_accelerator(args) -> Accelerator:
     if args.report_to not in ("tensorboard", "wandb", "all", "none"):
         raise UserError(f"--report_to should be tensorboard, wandb, all or none, not {args.report_to}")
     if args.report_to not in ("all", "none") and not importlib.util.find_spec(args.report_to):
-        raise UserError(
-            f"--report_to {args.report_to}: not installed (pip install {args.report_to}, or --report_to none)"
-        )
+        raise UserError(f"--report_to {args.report_to}: not installed; pip install it, or --report_to none")
     log_with = None if args.report_to == "none" else args.report_to
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=args.mixed_precision, cpu=args.cpu, log_with=log_with, project_dir=f"{args.output}.logs"
         )
-    except ValueError as error:  # fp16 on a CPU, bf16 on a GPU that has none
+    except ValueError as error:  # bf16 on a GPU that has none
         raise UserError(f"--mixed_precision: {error}") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU accelerate would ignore it")
+    return accelerator
 
 
 def unlock(model, image_layers: int, text_layers: int):
@@ -413,7 +421,7 @@ def save_whole(state: dict, path: Path):
 
 
 def save_classifier(path: Path, scorer, args, accelerator, step: int, tested: dict):
-    """Write the released format, and beside the weights what made them and how good they are."""
+    """Write the released format, and beside it what made it and how good it is."""
     if accelerator.is_main_process:
         hpc = {"state_dict": scorer.model.state_dict(), "model": scorer.config, "resize": scorer.resize}
         save_whole(hpc | {"options": vars(args), "step": step, **tested}, path)

@@ -48,7 +48,7 @@ stage download python download_regularization_images.py --urls "$out/world/urls.
 stage train_hpc python train_hpc.py --dataset_folder "$out/world/dataset" --output "$out/hpc.pth" \
     --model toy/models/clip.json --pretrained toy/models/clip.safetensors \
     --unlocked_image_layers 4 --unlocked_text_layers 2 --learning_rate 1e-3 --warmup_steps 50 \
-    --num_train_epochs 3 --num_workers 1 --cpu --seed "$seed"
+    --num_train_epochs 4 --random_flip --num_workers 1 --cpu --seed "$seed"
 stage evaluate_preference python evaluate_preference.py --hpc "$out/hpc.pth" --dataset_folder "$out/world/dataset" \
     --model toy/models/clip.json --pretrained toy/models/clip.safetensors --output "$out/preference.jsonl" \
     --num_workers 0 --device cpu

@@ -1,20 +1,26 @@
 """The classifier's training in the toy world: its first step against the formula, its memory of where it stopped, its mistakes."""
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import CLIP
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_hpc
 from toy import make_data
-from utils import hps
+from utils import hps, preferences
 from utils.errors import UserError
 from utils.images import open_image
 
@@ -123,25 +129,17 @@ def test_killed_run_ends_in_the_same_weights(dataset, tmp_path):
 
 
 def test_two_processes_end_where_one_does(dataset, tmp_path):
-    """Ten prompts in global batches of four: the last step has two, one for each process."""
-    for split, count in (("train", 10), ("test", 5)):
-        write_split(tmp_path, split, read(dataset, split)[:count])
-    (tmp_path / "preference_images").symlink_to(dataset / "preference_images")
-    one = run(tmp_path, tmp_path / "one.pth")
-    # On CPUs accelerate launch starts one process only; torchrun starts two.
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train_hpc.py",
-    ]
-    command += ["--dataset_folder", str(tmp_path), "--output", str(tmp_path / "two.pth"), *SMALL]
+    """By the shell script, ten prompts in steps of three: a step's two processes have two prompts and one, in the last step one and none."""
+    copy_of(dataset, tmp_path / "data", read(dataset, "train")[:10], read(dataset, "test")[:5])
+    one = run(tmp_path / "data", tmp_path / "one.pth", "--batch_size", 3)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").symlink_to("/bin/true")  # no GPUs, so it is torchrun that starts two
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {"OMP_NUM_THREADS": "1", "PATH": path, "processes": "2", "dataset": str(tmp_path / "data")}
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+        ["bash", "scripts/train_hpc.sh", "--output", str(tmp_path / "two.pth"), *SMALL, "--batch_size", "3"],
+        env=os.environ | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pth", weights_only=True)
     # AdamW turns the rounding of gradients that are nearly zero into steps of either sign, so the whole way is compared.
@@ -211,3 +209,180 @@ def test_schedule_is_warmup_then_cosine():
     assert train_hpc.schedule(100, 100, 0) == pytest.approx(0)
     assert train_hpc.schedule(0, 100, 10) == pytest.approx(0.1)
     assert train_hpc.schedule(55, 100, 10) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 2))
+
+
+# --- the step ---
+
+
+class Spy:
+    """Keeps the gradients of every optimizer step."""
+
+    def __init__(self, monkeypatch):
+        self.steps, step = [], torch.optim.AdamW.step
+
+        def spy(optimizer, *args, **kwargs):
+            self.steps.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+            return step(optimizer, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+
+    def gradients(self, dataset, output, *options) -> list[torch.Tensor]:
+        self.steps.clear()
+        run(dataset, output, "--max_grad_norm", 1e9, *options)
+        return self.steps[0]
+
+
+def test_gradient_is_the_mean_over_prompts_however_they_are_split(dataset, tmp_path, monkeypatch):
+    """Prompts of 2 and 4 images: together, one by one, in micro-batches, and with checkpointing in every block."""
+    spy = Spy(monkeypatch)
+    rows = read(dataset, "train")[:2]
+    rows[0]["file_path"], rows[0]["human_preference"] = rows[0]["file_path"][:2], 1
+    for name, some in (("both", rows), ("first", rows[:1]), ("second", rows[1:])):
+        copy_of(dataset, tmp_path / name, some, rows)
+    both = spy.gradients(tmp_path / "both", tmp_path / "a.pth")
+    alone = [spy.gradients(tmp_path / name, tmp_path / f"{name}.pth") for name in ("first", "second")]
+    micro = spy.gradients(tmp_path / "both", tmp_path / "b.pth", "--micro_batch_size", 1)
+    less_memory = spy.gradients(tmp_path / "both", tmp_path / "c.pth", "--gradient_checkpointing")
+    assert len(both) > 30 and max(float(g.abs().max()) for g in both) > 1e-3
+    for whole, one, two, small, again in zip(both, *alone, micro, less_memory, strict=True):
+        torch.testing.assert_close(whole, (one + two) / 2, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(small, whole, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-6)
+
+
+def copy_of(dataset, folder, train, test):
+    folder.mkdir(exist_ok=True)
+    write_split(folder, "train", train)
+    write_split(folder, "test", test)
+    (folder / "preference_images").symlink_to(dataset / "preference_images")
+
+
+def test_frozen_blocks_build_no_graph():
+    """What autograd keeps for the backward pass grows with every block that trains; a frozen block's output has no graph."""
+    kept = {}
+    for layers in (0, 1, 4):
+        scorer = hps.load(model=CLIP[1], pretrained=WEIGHTS)
+        train_hpc.unlock(scorer.model, layers, 0)
+        graphs, sizes = [], []
+        for block in scorer.model.visual.transformer.resblocks:
+            block.register_forward_hook(lambda _, __, out, graphs=graphs: graphs.append(out.grad_fn is not None))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            scorer.model.encode_image(torch.zeros(2, 3, 32, 32))
+        assert graphs == [False] * (4 - layers) + [True] * layers
+        kept[layers] = sum(sizes)
+    block = kept[1] - kept[0]
+    assert block > 10 * kept[0] and kept[4] == pytest.approx(kept[0] + 4 * block, rel=0.05)
+
+
+def test_half_precision_keeps_weights_in_fp32(dataset, tmp_path):
+    def run_with(precision):
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision for good
+        try:
+            return run(dataset, tmp_path / f"{precision}.pth", "--mixed_precision", precision)["state_dict"]
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    exact, half = run_with("no"), run_with("bf16")
+    before = hps.read_checkpoint(WEIGHTS)[0]
+    key = "visual.transformer.resblocks.3.mlp.c_fc.weight"
+    way, apart = (exact[key] - before[key]).norm(), (half[key] - exact[key]).norm()
+    assert half[key].dtype == torch.float32 and 0 < apart < 0.5 * way
+    assert (half[key].bfloat16().float() != half[key]).float().mean() > 0.9  # nothing has rounded them on the way
+    with pytest.raises(UserError, match="--mixed_precision fp16 needs a GPU"):
+        run_with("fp16")
+
+
+def test_loss_scale_of_fp16_goes_on(tmp_path):
+    scorer = hps.load(model=CLIP[1], pretrained=WEIGHTS)
+    train_hpc.unlock(scorer.model, 4, 2)
+    optimizer = train_hpc.make_optimizer(scorer.model, train_hpc.parse_args(SMALL))
+    old, new = (
+        SimpleNamespace(is_main_process=True, scaler=torch.amp.GradScaler("cpu", init_scale=scale), print=print)
+        for scale in (128.0, 65536.0)
+    )
+    old.scaler.scale(torch.ones(()))
+    train_hpc.save_checkpoint(tmp_path / "checkpoint", 7, 0.25, scorer.model, optimizer, old)
+    assert train_hpc.load_checkpoint(tmp_path / "checkpoint", scorer.model, optimizer, new) == (7, 0.25)
+    assert new.scaler.get_scale() == 128
+
+
+def test_flips_come_from_the_picture(dataset):
+    """About half are mirrored, by epoch and picture, whatever else is in the batch; none by default."""
+    args = train_hpc.parse_args([*SMALL, "--random_flip", "--num_train_epochs", "2", "--dataset_folder", str(dataset)])
+    plain = train_hpc.parse_args([*SMALL, "--dataset_folder", str(dataset)])
+    choices = preferences.read(dataset / "preference_train.json", [])
+    scorer = hps.load(model=CLIP[1], pretrained=WEIGHTS)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    flipping = train_hpc.PromptBatches(choices, scorer, args, accelerator)
+    as_it_is = train_hpc.PromptBatches(choices, scorer, plain, accelerator)
+    mirrored = [[], []]
+    for i, k in itertools.product(range(16), range(4)):
+        image = scorer.preprocess(open_image(choices[i].images[k]))
+        assert torch.equal(as_it_is.load(0, i, k), image)
+        for epoch in (0, 1):
+            got = flipping.load(epoch, i, k)
+            mirrored[epoch].append(torch.equal(got, image.flip(-1)))
+            assert torch.equal(got, image) != mirrored[epoch][-1]
+    assert all(20 < sum(epoch) < 44 for epoch in mirrored) and mirrored[0] != mirrored[1]
+
+
+# --- tests, trackers, the file ---
+
+
+def test_best_of_several_tests_is_kept_beside_the_last(dataset, tmp_path, capsys):
+    options = "--num_train_epochs 3 --eval_steps 3 --report_to tensorboard --logging_steps 1"
+    last = run(dataset, tmp_path / "hpc.pth", *options.split())
+    best = torch.load(tmp_path / "hpc.best.pth", weights_only=True)
+    events = EventAccumulator(str(next((tmp_path / "hpc.pth.logs").rglob("events.*")).parent)).Reload()
+    scalars = {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    assert scalars["loss"].keys() == set(range(1, 13)) == scalars["images_per_second"].keys()
+    assert scalars["test_accuracy"].keys() == {3, 4, 6, 8, 9, 12} == scalars["test_pairwise_accuracy"].keys()
+    assert {0 <= value <= 1 for value in scalars["train_accuracy"].values()} == {True}
+    assert scalars["lr"][1] == pytest.approx(1e-3) and scalars["lr"][12] < 1e-4
+    tested = scalars["test_accuracy"]
+    assert best["test_accuracy"] == pytest.approx(max(tested.values())) and tested[best["step"]] == max(tested.values())
+    assert (last["step"], last["test_accuracy"]) == (12, pytest.approx(tested[12]))
+    assert hps.load(tmp_path / "hpc.best.pth").config == last["model"]
+    assert f"best of 6 tests: {best['test_accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_logged_loss_is_that_of_the_choices(dataset, tmp_path):
+    """The first step's loss and accuracies, from the scores of the weights that it started from."""
+    copy_of(dataset, tmp_path / "data", read(dataset, "train")[:4], read(dataset, "test"))
+    run(tmp_path / "data", tmp_path / "hpc.pth", "--report_to", "tensorboard", "--logging_steps", 1)
+    events = EventAccumulator(str(next((tmp_path / "hpc.pth.logs").rglob("events.*")).parent)).Reload()
+    scorer = hps.load(model=CLIP[1], pretrained=WEIGHTS)
+    scale, losses, first, beaten = float(scorer.model.logit_scale.exp()), [], 0, 0
+    for row in read(dataset, "train")[:4]:
+        images = [dataset / "preference_images" / name for name in row["file_path"]]
+        logits, chosen = scale * scorer.score(images, row["prompt"]) / 100, row["human_preference"]
+        losses.append(np.log(np.exp(logits - logits[chosen]).sum()))
+        first, beaten = first + (logits.argmax() == chosen), beaten + (logits[chosen] > logits).sum()
+    for name, value in (
+        ("loss", np.mean(losses)),
+        ("train_accuracy", first / 4),
+        ("train_pairwise_accuracy", beaten / 12),
+    ):
+        assert events.Scalars(name)[0].value == pytest.approx(value, rel=1e-4), name
+
+
+def test_padding_stays_with_the_checkpoint(dataset, tmp_path):
+    padded = run(dataset, tmp_path / "pad.pth", "--resize", "pad")
+    assert padded["resize"] == "pad" and hps.load(tmp_path / "pad.pth").resize == "pad"
+    wide = Image.fromarray(np.full((20, 60, 3), 200, np.uint8))
+    pixels = hps.load(tmp_path / "pad.pth").preprocess(wide)
+    assert torch.equal(pixels[:, 0], hps.load(tmp_path / "pad.pth").preprocess(Image.new("RGB", (32, 32)))[:, 0])
+    with pytest.raises(UserError, match="resize 'pad', not with 'crop'"):
+        hps.load(tmp_path / "pad.pth", resize="crop")
+
+
+def test_names_are_those_of_openai_clip(dataset, tmp_path):
+    """Written out after the model that OpenAI published; its load_state_dict is strict."""
+    block = "attn.in_proj_weight attn.in_proj_bias attn.out_proj.weight attn.out_proj.bias ln_1.weight ln_1.bias ln_2.weight"
+    block += " ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias"
+    names = "positional_embedding text_projection logit_scale token_embedding.weight ln_final.weight ln_final.bias"
+    names += " visual.class_embedding visual.positional_embedding visual.proj visual.conv1.weight"
+    names += " visual.ln_pre.weight visual.ln_pre.bias visual.ln_post.weight visual.ln_post.bias"
+    blocks = [f"visual.transformer.resblocks.{i}" for i in range(4)] + [f"transformer.resblocks.{i}" for i in range(2)]
+    wanted = {*names.split(), *(f"{b}.{name}" for b in blocks for name in block.split())}
+    assert run(dataset, tmp_path / "hpc.pth")["state_dict"].keys() == wanted
