@@ -31,6 +31,7 @@ class Hub:
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in (Front, Content)]
         for server in self.servers:
             server.hub, server.daemon_threads = self, True
+            server.handle_error = lambda *_: None  # a client that has gone away
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         self.address, self.content_address = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
 
