@@ -65,6 +65,7 @@ def main(args):
     summary["paired"] = paired(human, hps, "adapted_negative", "base")
     summary["paired_negative_prompt"] = paired(human, hps, "adapted_negative", "adapted")
     summary["choices"] = judge_choices(args.output / "preference.jsonl")
+    summary["classifier_accuracy"] = summary["choices"]["models"]["hpc.pth"]["accuracy"]
     summary["seed"] = args.seed
     summary["seconds"] = {}
     for line in (args.output / "seconds.tsv").read_text().splitlines():

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", type=Path, default=Path("demo/world"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_prompts", type=int, default=900, help="of the preference data set")
-    parser.add_argument("--test_prompts", type=int, default=200, help="of the preference data set")
+    parser.add_argument("--test_prompts", type=int, default=400, help="of the preference data set")
     parser.add_argument("--choice_noise", type=float, default=0.1, help="the human picks by softmax(score / this)")
     parser.add_argument("--parts", type=int, default=2, help="of DiffusionDB")
     parser.add_argument("--part_prompts", type=int, default=120, help="a part")
