@@ -21,6 +21,8 @@ many threads; beyond one machine this is img2dataset's work.
 """
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import html
 import io
@@ -346,6 +348,7 @@ class Picture(NamedTuple):
 def download_all(items, waiting: Path, args, most) -> Iterator[tuple[int, str, str, Picture | Skip]]:
     """Yield (number, url, caption, outcome) in the order of the items; at most `most()` of them are under way."""
     warnings.filterwarnings("ignore", module="PIL")  # odd metadata of strange pictures are no news
+    keep_freed_memory()
     Image.init()  # two threads that open their first picture at once would miss each other's formats
     client = web.Client(args.num_workers, args.max_per_host, args.allow_private)
 
@@ -371,6 +374,14 @@ def download_all(items, waiting: Path, args, most) -> Iterator[tuple[int, str, s
         jobs, fetch, process, args.num_workers, args.max_per_host, lambda: min(window, most())
     ):
         yield *item[:3], outcome
+
+
+def keep_freed_memory():
+    """Have the C library keep what is freed: given back to the system with each picture, it cost a fifth of the time."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux with glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: the most it takes
+        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD, bytes
 
 
 def host_of(item) -> str:
