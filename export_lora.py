@@ -41,6 +41,8 @@ def main(args):
         raise UserError(f"--output {output}: --format {args.format} is a {suffix} file")
     if output.exists() and not args.overwrite:
         raise UserError(f"--output {output}: exists; use --overwrite or another place")
+    if output.is_dir() and not (args.format == "fused" and (output / "model_index.json").is_file()):
+        raise UserError(f"--output {output}: a folder that is no pipeline; use another place")
     matrices, metadata = lora.read(args.unet_weight), lora.header(args.unet_weight)
     metadata = {key: value for key, value in metadata.items() if key not in ("format", lora.PEFT_HEADER)}
 

@@ -116,6 +116,7 @@ def device_name() -> str:
 def markdown() -> str:
     """Return the README's table of all results, a CPU's and a GPU's side by side; what one never ran says so."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.?pu.json"))}
+    results = {stem: result for stem, result in results.items() if "rows" in result}
     kinds = ("cpu", "gpu")
     lines = ["| | CPU | GPU |", "|---|---|---|"]
     for name in dict.fromkeys(stem.rpartition(".")[0] for stem in results):
