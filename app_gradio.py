@@ -86,7 +86,7 @@ def start(args, wait: bool = True):
     served = {"server_name": args.host, "server_port": args.port, "share": args.share, "prevent_thread_lock": not wait}
     try:
         page.launch(**served, **look(painter.side))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(f"--port {args.port}: {error}") from None
     return page, painter
 

@@ -429,8 +429,8 @@ def hold_vote(args, baseline: str, items: list):
     try:
         page = fill_page({"total": len(items)})
         server = serve(page, items, baseline, args.output / "votes.jsonl", args.seed, args.port)
-    except OSError as error:
-        raise UserError(f"--port {args.port}: {error.strerror or error}") from None
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {args.port}: {getattr(error, 'strerror', None) or error}") from None
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.default_int_handler)
     print(f"\nvote on http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)

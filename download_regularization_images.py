@@ -118,8 +118,10 @@ def main(args):
         }
     if args.overwrite:
         remove_output(folder, rows_path, errors_path, run_path)
-    elif rows_path.exists() and not run_path.exists():
-        raise UserError(f"{rows_path}: its {run_path.name} is missing; use --overwrite or another --output_folder")
+    elif not run_path.exists() and (rows_path.exists() or pictures_in(folder)):
+        raise UserError(
+            f"{folder}: there are pictures or rows, but no {run_path.name}; use --overwrite or another --output_folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     record = runs.begin(run_path, settings)
     waiting = folder / ".waiting"  # pictures whose turn has not come: kept when a run is killed

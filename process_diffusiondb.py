@@ -81,7 +81,7 @@ def main(args):
     scorer = hps.load(
         args.clip_checkpoint, args.model, ranks.device(args.device), precision=args.precision, resize=args.resize
     )
-    record = begin(args, scorer, mine)
+    record = begin(args, scorer)
 
     # Score the missing parts of this rank.
     todo = [part for part in mine if not file_of(args, part).exists()]
@@ -116,8 +116,8 @@ def zips(args) -> Path:
     return Path(f"{args.meta_file}.parts", "zips").resolve()  # as the hub's library names what it puts there
 
 
-def begin(args, scorer, mine: list[diffusiondb.Part]) -> dict:
-    """Record what the rows depend on, or go on with rows of the same; `--overwrite` removes what is there."""
+def begin(args, scorer) -> dict:
+    """Record what the rows depend on, or go on with rows of the same; `--overwrite` removes those of others."""
     settings = {
         "checkpoint_sha256": runs.sha256(args.clip_checkpoint),
         "model": scorer.config,
@@ -132,17 +132,14 @@ def begin(args, scorer, mine: list[diffusiondb.Part]) -> dict:
     try:
         if not record_path.exists() and (meta.exists() or any(folder.glob("part-*.jsonl"))):
             raise UserError(f"{meta}: of unknown origin, as {record_path} is missing; use --overwrite or another place")
-        record = runs.begin(record_path, settings)
-        old = [file_of(args, part, kind) for part in mine for kind in (".jsonl", ERRORS, FAILED)]
+        return runs.begin(record_path, settings)
     except UserError:
         if not args.overwrite:
             raise
-        # Whichever rank comes first clears for all; the others then find their own settings.
-        record, old = None, [meta, Path(f"{meta}.errors.jsonl"), *folder.glob("part-*.jsonl")]
-    if args.overwrite:
-        for path in old:
-            path.unlink(missing_ok=True)
-    return record or runs.begin(record_path, settings, overwrite=True)
+    # Whichever rank comes first clears for all; the others then find their own settings.
+    for path in (meta, Path(f"{meta}.errors.jsonl"), *folder.glob("part-*.jsonl")):
+        path.unlink(missing_ok=True)
+    return runs.begin(record_path, settings, overwrite=True)
 
 
 def save_part(args, part: diffusiondb.Part, rows: list[dict] | None, errors: list[dict]):
@@ -232,7 +229,9 @@ def score_parts(parts: list[diffusiondb.Part], scorer, args, rank: int):
 
 def finish_part(done: Done, decoded: list, features: list, errors: list[dict], scorer, args):
     """Write a part's rows and, if it is one that came for this run only, remove its zip."""
-    rows = None if done.failed else make_rows(done.part, decoded, features, errors, scorer)
+    # What the disk would not give is no fault of the part's: the next run tries it again.
+    failed = done.failed or any(error["stage"] == "read" for error in errors)
+    rows = None if failed else make_rows(done.part, decoded, features, errors, scorer)
     save_part(args, done.part, rows, done.errors + errors)
     if done.path and Path(done.path).is_relative_to(zips(args)):
         hub.remove(done.path)
@@ -300,7 +299,8 @@ class Pictures:
                 pixels.append(self.preprocess(image))
                 found.append(found_out)
             except Exception as why:  # one strange picture of a million must not stop the others
-                errors.append(error_row(part, row.image, "decode", diffusiondb.reason(why)))
+                stage = "read" if isinstance(why, diffusiondb.ReadFault) else "decode"
+                errors.append(error_row(part, row.image, stage, diffusiondb.reason(why)))
         return found, torch.stack(pixels) if pixels else None, errors
 
 

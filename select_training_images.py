@@ -343,12 +343,18 @@ def begin(args, source: str) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
     old = [path for folder in folders for path in folder.iterdir() if re.fullmatch(r"\d{6,}-.+\.jpg", path.name)]
     old += [output] if output.exists() else []
-    if args.overwrite:
-        for path in old:
-            path.unlink(missing_ok=True)
-    elif old and not record_path.exists():
-        raise UserError(f"{old[0]}: of unknown origin, as {record_path} is missing; use --overwrite or another place")
-    return runs.begin(record_path, settings, args.overwrite)
+    try:
+        if old and not record_path.exists():
+            raise UserError(
+                f"{old[0]}: of unknown origin, as {record_path} is missing; use --overwrite or another place"
+            )
+        return runs.begin(record_path, settings)
+    except UserError:
+        if not args.overwrite:
+            raise
+    for path in old:
+        path.unlink(missing_ok=True)
+    return runs.begin(record_path, settings, overwrite=True)
 
 
 def save_images(winners: list[dict], source: str, args) -> tuple[dict[str, str], int]:

@@ -22,6 +22,7 @@ does not change the result beyond rounding.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import math
 import os
@@ -90,7 +91,7 @@ def main(args):
     errors = []
     train_choices = read_choices(args, "train", errors, accelerator)
     test_choices = read_choices(args, "test", errors, accelerator)
-    record, checkpoint_path = begin_run(args, accelerator, len(train_choices), errors)
+    record, checkpoint_path = begin_run(args, accelerator, train_choices, test_choices, errors)
     if Path(args.output).exists():
         accelerator.print(f"{args.output} is finished; nothing to do")
         return
@@ -376,7 +377,7 @@ class Window:
 # --- files ---
 
 
-def begin_run(args, accelerator, prompts: int, errors: list[dict]) -> tuple[dict | None, Path]:
+def begin_run(args, accelerator, train: list, test: list, errors: list[dict]) -> tuple[dict | None, Path]:
     """Return the run's record, None but on the main process, and the checkpoint's path; refuse output of other options.
 
     What does not change the result beyond rounding may differ from the run that is gone on with.
@@ -388,7 +389,10 @@ def begin_run(args, accelerator, prompts: int, errors: list[dict]) -> tuple[dict
     output, checkpoint = Path(args.output), Path(f"{args.output}.checkpoint")
     record = None
     if accelerator.is_main_process:
-        settings = {key: value for key, value in vars(args).items() if key not in free} | {"prompts": prompts}
+        settings = {key: value for key, value in vars(args).items() if key not in free}
+        for split, choices in (("train", train), ("test", test)):
+            said = repr([(choice.prompt, [image.name for image in choice.images], choice.ranks) for choice in choices])
+            settings[split] = f"{len(choices)} prompts, SHA-256 {hashlib.sha256(said.encode()).hexdigest()[:16]}"
         settings["mixed_precision"] = accelerator.mixed_precision
         output.parent.mkdir(parents=True, exist_ok=True)
         old = [path for path in (output, best_path(args), checkpoint) if path.exists()]

@@ -53,6 +53,8 @@ from utils.step_log import StepLog
 from utils.training_pictures import KINDS, TrainingBatches, digest, possible_prompts, read_rows, tokenize, unusable
 from utils.validation import read_validation_prompts, validate
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,7 +106,9 @@ def parse_args(argv=None):
     parser.add_argument("--num_train_epochs", type=int, default=100)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the global batch size")
-    parser.add_argument("--lr_scheduler", default="constant", help="of diffusers: constant, cosine, linear, ...")
+    parser.add_argument(
+        "--lr_scheduler", choices=SCHEDULES, default="constant", help="of diffusers (default: constant)"
+    )
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
     parser.add_argument("--adam_beta1", type=float, default=0.9)
     parser.add_argument("--adam_beta2", type=float, default=0.999)
@@ -154,6 +158,8 @@ def main(args):
         # Filling a latent cache takes hours; the processes that wait for another's share must not give up.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )  # fmt: skip
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU accelerate would ignore it")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.scale_lr:
@@ -268,7 +274,7 @@ def main(args):
         saving = step % args.checkpointing_steps == 0 or step == args.max_train_steps
         log.add(step, sums, gradient_norm, lr_scheduler.get_last_lr()[0])
         sums = torch.zeros_like(sums)
-        if step % args.logging_steps == 0 or saving:
+        if step % args.logging_steps == 0 or step % args.validation_iters == 0 or saving:
             log.write(bar)
         bar.update()
         if saving:
@@ -301,6 +307,16 @@ def check_options(args):
     ):  # fmt: skip
         if getattr(args, option) < 1:
             raise UserError(f"--{option} {getattr(args, option)}: should be at least 1")
+    least = {"max_train_steps": 1, "num_train_epochs": 1, "max_train_samples": 1, "checkpoints_total_limit": 1}
+    for option, lowest in (least | {"dataloader_num_workers": 0, "lr_warmup_steps": 0}).items():
+        if getattr(args, option) is not None and getattr(args, option) < lowest:
+            raise UserError(f"--{option} {getattr(args, option)}: should be at least {lowest}")
+    if args.hpc and not Path(args.hpc).is_file():
+        raise UserError(f"--hpc {args.hpc}: no such file")
+    named = args.resume_from_checkpoint
+    named = None if named == "latest" else named
+    if args.overwrite and named and Path(args.output_dir).resolve() in Path(named).resolve().parents:
+        raise UserError(f"--resume_from_checkpoint {named}: --overwrite would remove it; use another --output_dir")
     if args.report_to == "wandb" and not importlib.util.find_spec("wandb"):
         raise UserError("--report_to wandb: not installed (pip install wandb)")
 
@@ -311,6 +327,8 @@ def usable_rows(args, accelerator) -> tuple[list[dict], list[dict]]:
     reasons = [None] * len(rows)
     if args.check_data != "no":
         reasons = on_main(accelerator, unusable, rows, args.check_data == "full")
+    elif rows and (reason := unusable(rows[:1], full=True)[0]):
+        raise UserError(f"{rows[0]['where']}: {rows[0]['name']}: {reason}")
     errors = [
         {"item": f"{row['where']}: {row['name']}", "stage": "check_data", "reason": reason}
         for row, reason in zip(rows, reasons, strict=True)

@@ -20,6 +20,7 @@ batch_size=128
 prefetch_parts=2                        # a process: about 0.5 GB each, on the disk of --meta_file
 
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-12}" # srun does not take it over from sbatch
 # A process takes its rank and its GPU from SLURM's variables. One that dies leaves the others at work.
 srun --kill-on-bad-exit=0 python process_diffusiondb.py \
     --clip_checkpoint "$hpc" \

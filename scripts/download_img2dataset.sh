@@ -31,7 +31,15 @@ min_size="${min_size:-512}" image_size="${image_size:-512}"
 install requirements.txt
 
 # 1. The table, filtered here: `row` keeps the pictures' numbers.
-[ -s "$urls" ] || python download_regularization_images.py "$@" --write_urls "$urls"
+table_options="--min_size $min_size $*"
+if [ -s "$urls" ] && [ "$(cat "$urls.options" 2> /dev/null || echo "$table_options")" != "$table_options" ]; then
+    echo "error: $urls was made with other options; remove it, or set urls=" >&2
+    exit 2
+fi
+if [ ! -s "$urls" ]; then
+    echo "$table_options" > "$urls.options"
+    python download_regularization_images.py --min_size "$min_size" "$@" --write_urls "$urls"
+fi
 
 # 2. The pictures.
 tool="${img2dataset:-.venv/img2dataset/bin/img2dataset}"

@@ -13,7 +13,8 @@ guidance_scale=7.5
 seed=0
 
 cd "$(dirname "$0")/.."
-gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)"
+gpus="$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)"
+[ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)"
 processes="${processes:-$((gpus > 0 ? gpus : 1))}"
 torchrun --standalone --nproc_per_node "$processes" generate_images.py \
     --pretrained_model_name_or_path "$model" \

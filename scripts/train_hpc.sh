@@ -16,7 +16,8 @@ text_layers=6
 seed=42
 
 # A process without a prompt of its own would only wait.
-gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)"
+gpus="$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)"
+[ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)"
 processes="${processes:-$((gpus > batch_size ? batch_size : gpus > 0 ? gpus : 1))}"
 
 cd "$(dirname "$0")/.."

@@ -22,7 +22,8 @@ machines="${machines:-1}"               # all of them see the same work_dir and 
 machine_rank="${machine_rank:-0}"
 main_address="${main_address:-127.0.0.1}"
 main_port="${main_port:-29500}"
-gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)"
+gpus="$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)"
+[ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)"
 processes="${processes:-$((gpus > 0 ? gpus : 1))}"                 # of this machine: one a GPU
 mixed_precision="${mixed_precision:-$([ "$gpus" -gt 0 ] && echo fp16 || echo no)}"
 

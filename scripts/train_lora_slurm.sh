@@ -16,6 +16,8 @@ machines="$SLURM_JOB_NUM_NODES"
 main_address="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 main_port="$((20000 + SLURM_JOB_ID % 20000))"
 export machines main_address main_port
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}" # srun does not take it over from sbatch
+export SLURM_KILL_BAD_EXIT=1                           # one machine alone would wait for the others
 
 # One task a machine; torchrun starts its processes, one a GPU. 2 x 4 of them take 5 pictures each of the paper's 40.
 srun bash -c 'machine_rank="$SLURM_PROCID" bash scripts/train_lora.sh "$@"' train_lora "$@"

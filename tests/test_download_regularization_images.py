@@ -641,8 +641,13 @@ def test_other_settings_are_refused_until_overwritten(web, tmp_path):
 
     # Rows of unknown origin, such as the original's, must not be taken for rows of this table.
     (tmp_path / "out.run.json").unlink()
-    with pytest.raises(UserError, match=r"run\.json is missing"):
+    with pytest.raises(UserError, match=r"no out\.run\.json"):
         run(tmp_path, table)
+    # Nor are pictures without rows swept away.
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no out\.run\.json"):
+        run(tmp_path, table)
+    assert (folder / "000000002.jpg").exists()
 
 
 def test_mistakes_are_said_before_anything_is_written(tmp_path):

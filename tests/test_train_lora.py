@@ -461,7 +461,7 @@ def test_shell_scripts_on_gpus_machines_and_slurm(tmp_path):
     """The command lines that come out, with stand-ins for the launcher, the GPUs and SLURM."""
     stand_ins = {
         "torchrun": 'echo "$@"',
-        "nvidia-smi": 'for i in $(seq "$gpus_here"); do echo "GPU $i"; done',
+        "nvidia-smi": 'for i in $(seq "$gpus_here"); do echo "GPU $i: H100 (UUID)"; done',
         "scontrol": "echo node7; echo node8",
         "srun": 'for rank in 0 1; do SLURM_PROCID=$rank "$@"; done',
     }

@@ -42,7 +42,8 @@ def checkpoints(output: Path) -> list[Path]:
 
 def load_checkpoint(args, output: Path, model: str, unet, optimizer, lr_scheduler, accelerator) -> int:
     """Restore the checkpoint to go on from; return its step, 0 if there is none."""
-    latest = args.resume_from_checkpoint in (None, "latest")
+    # A checkpoint named by hand is where a run begins; a rerun goes on from its own.
+    latest = args.resume_from_checkpoint in (None, "latest") or bool(checkpoints(output))
     candidates = reversed(checkpoints(output)) if latest else [Path(args.resume_from_checkpoint)]
     for path in candidates:
         if latest and int(path.name.split("-")[1]) > args.max_train_steps:
@@ -60,9 +61,19 @@ def load_checkpoint(args, output: Path, model: str, unet, optimizer, lr_schedule
                 f"{path}: was trained on other weights than {args.pretrained_model_name_or_path} has now "
                 "(--pretrained_model_name_or_path); use --overwrite or another place"
             )
-        set_peft_model_state_dict(unet, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state["step"] > args.max_train_steps:
+            raise UserError(f"{path}: is past --max_train_steps {args.max_train_steps}")
+        try:
+            set_peft_model_state_dict(unet, state["lora"])
+        except RuntimeError:
+            raise UserError(f"{path}: its LoRA has other shapes; is --lora_rank the same?") from None
+        # The options are this run's; only the state is the checkpoint's.
+        groups, rates = optimizer.state_dict()["param_groups"], lr_scheduler.base_lrs
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         lr_scheduler.load_state_dict(state["lr_scheduler"])
+        lr_scheduler.base_lrs = rates
+        for group, rate, factor in zip(optimizer.param_groups, rates, lr_scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(lr_scheduler.last_epoch)
         if state["scaler"] and accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from {path}")

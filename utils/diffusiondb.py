@@ -8,6 +8,7 @@ Nothing in a zip is trusted: only root members that the JSON names are read, and
 ValueError saying why; rows that make no sense come back as values, beside the good ones.
 """
 
+import errno
 import json
 import os
 import re
@@ -28,6 +29,14 @@ MAX_ROWS = 1_000_000  # of a part, so that part * MAX_ROWS + position is an id f
 MAX_JSON_BYTES = 256 << 20
 MAX_IMAGE_BYTES = 64 << 20
 MAX_NAME_BYTES = 128
+
+
+# What a disk or its network answers at a bad moment.
+FAULTS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+
+
+class ReadFault(ValueError):
+    """A zip that could not be read now, and may be another time."""
 
 
 class Part(NamedTuple):
@@ -121,7 +130,8 @@ def open_part(path: str | hub.RangeFile) -> ZipFile:
     except UserError:
         raise
     except Exception as error:  # a damaged directory of members makes zipfile raise nearly anything
-        raise ValueError(f"not a readable zip: {reason(error)}") from None
+        kind = ReadFault if getattr(error, "errno", None) in FAULTS else ValueError
+        raise kind(f"not a readable zip: {reason(error)}") from None
 
 
 def open_part_anywhere(part: Part, cache_dir: str | None = None) -> ZipFile:
@@ -200,7 +210,8 @@ def read_member(archive: ZipFile, name: str, limit: int) -> bytes:
     except UserError:
         raise
     except Exception as error:  # damaged, encrypted, cut short: each raises its own
-        raise ValueError(f"not readable in the zip: {reason(error)}") from None
+        kind = ReadFault if getattr(error, "errno", None) in FAULTS else ValueError
+        raise kind(f"not readable in the zip: {reason(error)}") from None
 
 
 def is_image_name(name: str) -> bool:

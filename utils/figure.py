@@ -23,7 +23,7 @@ def draw(path: Path, labels: list[str], captions: list[str], pictures: list[list
         figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
         for m, label in enumerate(labels):
             bottom = below + step * (len(labels) - 1 - m)
-            shown = textwrap.shorten(label, 24)
+            shown = label if len(label) <= 24 else f"{label[:11]}…{label[-12:]}"
             figure.text(
                 0.2 / width, (bottom + CELL / 2) / height, shown, rotation=90, ha="center", va="center", fontsize=9
             )

@@ -198,6 +198,9 @@ def fill_cache(rows: list[dict], args, vae, latent_shape, accelerator) -> Latent
             accelerator.is_local_main_process,
         )  # fmt: skip
         accelerator.wait_for_everyone()
+        cache.open(cache.entries)  # anew: on a network disk the old mapping may hold pages from before
+    if (cache.state[cache.entries] == MISSING).any():
+        raise UserError(f"--cache_latents {args.cache_latents}: what was written cannot be read back; use a local disk")
     if accelerator.is_main_process:
         cache.log_broken()
     return cache

@@ -2,18 +2,16 @@
 
 from accelerate.utils import broadcast_object_list
 
-from utils.errors import UserError
-
 
 def on_main(accelerator, function, *args):
-    """Return on every process what `function(*args)` returns on the main one; a user's mistake found there ends all of them."""
-    outcome = [None, None]
+    """Return on every process what `function(*args)` returns on the main one; an error there ends all of them."""
+    outcome, failure = [None, None], None
     if accelerator.is_main_process:
         try:
             outcome[0] = function(*args)
-        except UserError as error:
-            outcome[1] = str(error)
+        except Exception as error:  # the others must not wait for what will not come
+            outcome[1], failure = str(error) or type(error).__name__, error
     result, error = broadcast_object_list(outcome)
-    if error:
-        raise UserError(error) if accelerator.is_main_process else SystemExit(2)
+    if error is not None:
+        raise failure if accelerator.is_main_process else SystemExit(2)
     return result

@@ -54,7 +54,7 @@ def push_to_hub(output: Path, repository: str | None):
     try:
         url = HfApi().create_repo(repository or output.resolve().name, exist_ok=True)
         HfApi().upload_folder(repo_id=url.repo_id, folder_path=output, allow_patterns=files)
-    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's client and its HTTP library have many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--push_to_hub: {reason}; the LoRA is in {output}, the same command tries again") from None
     print(f"uploaded to {url}")

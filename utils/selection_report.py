@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import diffusiondb, jsonl
+from utils.errors import UserError
 from utils.images import open_image, to_rgb
 
 EXAMPLES = 6  # of each kind
@@ -100,6 +101,8 @@ def save_pictures(folder: Path, places: dict[int, tuple[int, str]], open_part) -
             name = f"{part:06d}-{image}.jpg"
             jsonl.write_whole(folder / name, encoded.getvalue())
             saved[row] = name, ""
+        except UserError:  # the hub cannot be reached: no other picture will do better
+            raise
         except ValueError as why:
             saved[row] = None, str(why)
     return saved

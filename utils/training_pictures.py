@@ -23,6 +23,7 @@ from utils.images import open_image, to_rgb
 from utils.jsonl import Appender, read, read_with_places
 
 KINDS = ("positive", "negative", "regularization")
+IN_A_ROW = 100  # so many pictures that cannot be decoded are no accident
 
 
 def read_rows(args) -> list[dict]:
@@ -119,8 +120,12 @@ class TrainingBatches(Dataset):
     def load(self, epoch: int, position: int) -> dict:
         """Return one training example, drawn from (seed, epoch, picture)."""
         picture = int(epoch_order(self.args.seed, epoch, len(self.rows))[position])
-        while (content := self.content(picture, epoch)) is None:
+        for _ in range(IN_A_ROW):
+            if (content := self.content(picture, epoch)) is not None:
+                break
             picture = (picture + 1) % len(self.rows)  # its head was fine, its body is not: the next takes its place
+        else:
+            raise UserError(f"{IN_A_ROW} pictures in a row cannot be decoded, see {self.args.output_dir}/errors.jsonl")
         row = self.rows[picture]
         seed = np.random.SeedSequence((self.args.seed, epoch, picture)).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(seed))
@@ -203,6 +208,8 @@ def cut(row: dict, crop: tuple[float, float, bool], side: int) -> torch.Tensor:
     image = to_rgb(open_image(row["image"]))
     scale = side / min(image.size)
     width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round(x * (width - side)), round(y * (height - side))
     image = image.crop((left, top, left + side, top + side))

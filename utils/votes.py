@@ -7,8 +7,8 @@ Nothing that the browser is sent tells which model made a picture, before the vo
 """
 
 import hashlib
+import io
 import json
-import mimetypes
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,7 @@ import numpy as np
 from scipy import stats
 
 from utils import jsonl
+from utils.images import open_image, to_rgb
 
 CHOICES = ("left", "right", "tie")
 MAX_NAME = 40  # characters of a voter's name
@@ -54,6 +55,13 @@ def sides(item: Item, voter: str, seed: int) -> dict[str, int]:
 # --- the server ---
 
 
+def pixels(picture: Path) -> bytes:
+    """Return a picture as a PNG without its recipe, which would tell the model."""
+    encoded = io.BytesIO()
+    to_rgb(open_image(picture)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
 def serve(page: str, items: list[Item], baseline: str, path: Path, seed: int, port: int) -> ThreadingHTTPServer:
     """Return a server of the vote; the caller runs `serve_forever`. OSError if the port is taken."""
     by_id, lock, votes = {item.id: item for item in items}, threading.Lock(), jsonl.Appender(path)
@@ -72,8 +80,7 @@ def serve(page: str, items: list[Item], baseline: str, path: Path, seed: int, po
                 self.answer(json.dumps(tally(read(path), items, baseline)).encode())
             elif voter and len(what) == 3 and what[0] == "picture" and what[1] in by_id and what[2] in CHOICES[:2]:
                 item = by_id[what[1]]
-                picture = item.pictures[sides(item, voter, seed)[what[2]]]
-                self.answer(picture.read_bytes(), mimetypes.guess_type(picture)[0] or "application/octet-stream")
+                self.answer(pixels(item.pictures[sides(item, voter, seed)[what[2]]]), "image/png")
             else:
                 self.answer(b"there is no such thing here", "text/plain", 404)
 

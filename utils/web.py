@@ -285,7 +285,8 @@ class Host:
         if wait is None and monotonic() >= self.opens:  # the others that were under way count as the same time
             wait = BACK_OFF * 2**self.strikes * random.uniform(0.75, 1.25)
             self.strikes += 1
-        self.opens = max(self.opens, monotonic() + (wait or 0))
+        # A day is far beyond MAX_WAIT already; some servers ask for millennia, which no clock can count to.
+        self.opens = max(self.opens, monotonic() + min(wait or 0, 86400))
 
 
 class Job:
