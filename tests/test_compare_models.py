@@ -1,5 +1,6 @@
 """The comparison against values worked out by hand, and its pages as a reader and a voter meet them in a browser."""
 
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 import compare_models
 import evaluate_hps
 from toy import make_data
-from utils import votes
+from utils import recipe, votes
 from utils.errors import UserError
 
 HOSTILE = (
@@ -467,3 +468,12 @@ def test_the_vote_from_the_command_line(tmp_path):
     run("--baseline", tmp_path / "base", "--candidate", tmp_path / "new", "--output", tmp_path / "report")
     found = page_data(tmp_path / "report")["votes"]
     assert found["rows"][0]["prompts"] == 2 and found["foreign"] == 2
+
+
+def test_voters_are_not_sent_the_recipe(tmp_path):
+    path = tmp_path / "0.jpg"
+    Image.new("RGB", (8, 8), "red").save(path, **recipe.save_options("a cat\nLora hashes: adapted: 1234", "JPEG"))
+    assert "adapted" in path.read_bytes().replace(b"\0", b"").decode("latin-1")
+    with Image.open(io.BytesIO(votes.pixels(path))) as sent:
+        assert not sent.getexif() and not sent.info
+        assert np.array_equal(np.asarray(sent), np.asarray(Image.open(path)))

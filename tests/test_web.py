@@ -12,7 +12,7 @@ import pytest
 from server import CERTIFICATE, Web, drip, endless
 
 from utils import web as module
-from utils.web import Client, Later, Skip, in_order, is_public, opted_out, retry_after
+from utils.web import Client, Host, Later, Skip, in_order, is_public, opted_out, retry_after
 
 
 @pytest.fixture
@@ -339,6 +339,12 @@ def test_redirects_do_not_get_around_the_limit(web):
     web.add("/to", lambda handler: handler.answer(302, Location=f"http://localhost:{web.port}/a"))
     assert ask([(str(i), web.url + "/to") for i in range(20)], num_workers=10, per_host=2) == [1] * 20
     assert web.most_active <= 4 and web.connections <= 4  # two to 127.0.0.1 and two to localhost
+
+
+def test_a_wait_of_millennia_is_one_that_clocks_can_count():
+    host = Host("example.com")
+    host.pause(float("9" * 12))
+    assert 86_000 < host.opens - time.monotonic() <= 86_400
 
 
 def test_retry_after_is_respected(web, names):

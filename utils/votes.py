@@ -80,7 +80,10 @@ def serve(page: str, items: list[Item], baseline: str, path: Path, seed: int, po
                 self.answer(json.dumps(tally(read(path), items, baseline)).encode())
             elif voter and len(what) == 3 and what[0] == "picture" and what[1] in by_id and what[2] in CHOICES[:2]:
                 item = by_id[what[1]]
-                self.answer(pixels(item.pictures[sides(item, voter, seed)[what[2]]]), "image/png")
+                try:
+                    self.answer(pixels(item.pictures[sides(item, voter, seed)[what[2]]]), "image/png")
+                except ValueError as error:
+                    self.answer(str(error).encode(), "text/plain", 404)
             else:
                 self.answer(b"there is no such thing here", "text/plain", 404)
 
