@@ -6,7 +6,7 @@ python -m benchmarks.tables     # print the README's speed table, from benchmark
 import json
 import multiprocessing
 import platform
-import resource
+import re
 import time
 from pathlib import Path
 
@@ -61,11 +61,16 @@ def apart(function, *args) -> tuple:
 def _apart(end, function, args):
     try:
         value = function(*args)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        end.send((value, peak / 2**30))
+        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        end.send((value, gpu / 2**30 or resident_peak()))
     except Exception as error:
         end.send(error)
+
+
+def resident_peak() -> float:
+    """Return this process's peak of resident memory in GiB (getrusage's holds its parent's as well)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def report(name: str, rows: list[dict], /, unit: str = "images/s", **settings):
