@@ -97,6 +97,7 @@ def limit(model: str, settings: dict, compiled: bool) -> float:
     """Return the pictures a second of nothing but the networks."""
     _, pipe = our_pipeline(model, settings, compiled)
     count, factor = settings["batch_size"], pipe.vae_scale_factor
+    batches = max(settings["pictures"] // count, 1)
     latents = torch.randn(count, 4, settings["size"] // factor, settings["size"] // factor, device=pipe.device)
     doubled = torch.cat([latents, latents]).to(pipe.unet.dtype)
     embeds = sampling.encode(pipe, [PROMPT] * 2 * count)
@@ -104,12 +105,13 @@ def limit(model: str, settings: dict, compiled: bool) -> float:
 
     @torch.no_grad()
     def networks():
-        for _ in range(settings["num_inference_steps"] + 1):
-            pipe.unet(doubled, timestep, embeds, return_dict=False)
-        for few in latents.to(pipe.vae.dtype).split(max(1, sampling.DECODE_PIXELS // settings["size"] ** 2)):
-            pipe.vae.decode(few, return_dict=False)
+        for _ in range(batches):
+            for _ in range(settings["num_inference_steps"] + 1):
+                pipe.unet(doubled, timestep, embeds, return_dict=False)
+            for few in latents.to(pipe.vae.dtype).split(max(1, sampling.DECODE_PIXELS // settings["size"] ** 2)):
+                pipe.vae.decode(few, return_dict=False)
 
-    return count / tables.seconds(networks, repeats(model), pipe.device.type)
+    return batches * count / tables.seconds(networks, repeats(model), pipe.device.type)
 
 
 def repeats(model: str) -> int:
