@@ -224,7 +224,7 @@ def limit(argv: list[str], vae: bool = False) -> float:
             prediction = unet(latents, timesteps, prompts).sample
         prediction.float().square().mean().backward()
 
-    return count / min(seconds(step, STEPS, device) for _ in range(WINDOWS))
+    return STEPS * count / seconds(lambda: [step() for _ in range(STEPS)], WINDOWS, device)
 
 
 def limit_with_vae(argv: list[str]) -> float:
