@@ -197,7 +197,8 @@ def test_a_compiled_unet_sees_one_batch_size(prompts, tmp_path, monkeypatch):
 
 def test_pictures_carry_their_recipe(tmp_path):
     prompt = 'a red circle, "oil": 100% 猫\nsecond line'
-    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    long = "🐱" * 30_000  # more than a JPEG has room for
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n" + json.dumps(long) + "\n")
     write(tmp_path / "lora.safetensors", random_matrices(toy_unet(), 2), "modern")
     content = (tmp_path / "lora.safetensors").read_bytes()
     tensors = content[8 + int.from_bytes(content[:8], "little") :]
@@ -213,6 +214,10 @@ def test_pictures_carry_their_recipe(tmp_path):
         # The reader's regular expression for a quoted value, as AUTOMATIC1111 writes a LoRA's hash.
         written = re.search(r'Lora hashes: "(?:\\.|[^\\"])+"', str(read.raw_parameters))[0]
         assert written == f'Lora hashes: "lora: {hashlib.sha256(tensors).hexdigest()[:12]}"'
+        assert ParserManager().parse(tmp_path / suffix / f"1.{suffix}").prompts[0].value == long[:10_000]
+        with Image.open(tmp_path / suffix / f"0.{suffix}") as image:
+            # AUTOMATIC1111's reader fails on a UserComment of another type than 7, UNDEFINED.
+            assert suffix == "png" or image.info["exif"].count(b"\x92\x86\0\7") == 1
 
     run(tmp_path / "prompts.jsonl", tmp_path / "bare", "--no_metadata", *options)
     with Image.open(tmp_path / "bare" / "0.jpg") as image:

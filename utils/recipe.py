@@ -10,23 +10,28 @@ comma, colon or line break is written as a JSON string.
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
-# A JPEG holds 64 KB of EXIF, a character takes up to four bytes, and the text encoder reads some hundred of them.
-MAX_CHARACTERS = 6000
+LONG, UNDEFINED = 4, 7  # EXIF's names for types of fields
+# Bytes of UTF-16, as a JPEG holds 64 KB of EXIF; the text encoder reads some hundred of them.
+MAX_PROMPT, MAX_NEGATIVE_PROMPT = 40_000, 20_000
 
 
 def text(prompt: str, negative_prompt: str, fields: dict) -> str:
     """Return the recipe; fields that are None are left out."""
-    lines = [prompt[:MAX_CHARACTERS]]
+    lines = [cut(prompt, MAX_PROMPT)]
     if negative_prompt:
-        lines.append(f"Negative prompt: {negative_prompt[:MAX_CHARACTERS]}")
+        lines.append(f"Negative prompt: {cut(negative_prompt, MAX_NEGATIVE_PROMPT)}")
     lines.append(", ".join(f"{name}: {quote(value)}" for name, value in fields.items() if value is not None))
     return "\n".join(lines)
+
+
+def cut(text: str, size: int) -> str:
+    return text.encode("utf-16-be")[:size].decode("utf-16-be", "ignore")
 
 
 def quote(value) -> str:
@@ -40,10 +45,19 @@ def save_options(recipe: str, file_format: str) -> dict:
         info = PngInfo()
         info.add_itxt("parameters", recipe)
         return {"pnginfo": info}
-    exif = Image.Exif()
     # EXIF's own name for the encoding is UNICODE; readers of these recipes take it for UTF-16, big end first.
-    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + recipe.encode("utf-16-be")
-    return {"exif": exif}
+    return {"exif": exif(b"UNICODE\0" + recipe.encode("utf-16-be"))}
+
+
+def exif(comment: bytes) -> bytes:
+    """Return an EXIF block with a UserComment and nothing else.
+
+    Pillow would give the field another type (BYTE), at which the library that AUTOMATIC1111 reads it with fails.
+    """
+    # A TIFF of two tables of one entry each: the first, at byte 8, says where the second is, that one where the comment is.
+    tables = struct.pack(">HHHIII", 1, EXIF_IFD, LONG, 1, 26, 0)
+    tables += struct.pack(">HHHIII", 1, USER_COMMENT, UNDEFINED, len(comment), 44, 0)
+    return b"Exif\0\0" + b"MM\0*" + struct.pack(">I", 8) + tables + comment
 
 
 def lora_hash(path: str | Path) -> str:
