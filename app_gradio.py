@@ -20,8 +20,7 @@ import os
 import threading
 from typing import NamedTuple
 
-import generate_images
-from utils import prompts, ranks
+from utils import pipeline, prompts, ranks
 from utils.errors import UserError, one_line_errors
 
 MAX_PROMPT = 1000  # characters
@@ -116,15 +115,12 @@ class Painter:
         from utils import lora
 
         self.lora = lora.read(args.unet_weight) if args.unet_weight else {}
-        # In fp32, as generate_images.py adds the LoRA before it rounds the weights.
-        words = ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path, "--unet_weight", ""]
-        self.options = generate_images.parse_args([*words, "--precision", "fp32", "--device", "cpu"])
-        self.pipe = generate_images.load_pipeline(self.options)
+        self.pipe = pipeline.load(args.pretrained_model_name_or_path)
+        # In fp32, as the LoRA is added before the weights are rounded.
         self.modules = lora.places(self.pipe.unet, self.lora)
         self.weights = {name: copy.deepcopy(self.pipe.unet.get_submodule(name)) for name in self.modules}
-        self.options.precision, self.options.device = args.precision, args.device
-        generate_images.place(self.pipe, self.options)
-        self.side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        pipeline.place(self.pipe, args.device, args.precision)
+        self.side = pipeline.side(self.pipe)
         self.scorer, self.lock = None, threading.Lock()
         if args.hpc:
             from utils import hps
@@ -136,24 +132,26 @@ class Painter:
 
         `progress` is called with the share that is done. Raises ValueError saying why it cannot be drawn.
         """
+        from utils import sampling
+
         if wrong := faults(request, self.side):
             raise ValueError(" ".join(wrong.values()))
         seed = int(request.seed) if request.seed.strip() else seed_of(request.prompt)
-        options = copy.copy(self.options)
-        options.num_inference_steps, options.guidance_scale = int(request.steps), float(request.guidance)
-        options.width, options.height = int(request.width), int(request.height)
+        steps, guidance = int(request.steps), float(request.guidance)
+        height, width = int(request.height), int(request.width)
         done, images = 0, []
 
         def step(*_):
             nonlocal done
             done += 1
-            progress(min(1.0, done / (2 * options.num_inference_steps + 2)))
+            progress(min(1.0, done / (2 * steps + 2)))
 
         with self.lock, counted(self.pipe.unet, step):
             for scale, with_negative in ((0.0, request.negative_base), (request.strength, request.negative_adapted)):
-                options.negative_prompt = request.negative if with_negative else ""
                 self.switch(scale)
-                images += generate_images.generate(self.pipe, [request.prompt], [seed], options)
+                negative = sampling.encode(self.pipe, [request.negative if with_negative else ""])
+                drawn = sampling.draw(self.pipe, [request.prompt], [seed], negative, steps, guidance, height, width)
+                images += sampling.to_images(drawn)
             scores = self.scorer.score(images, request.prompt).tolist() if self.scorer else []
         return images, scores, seed
 

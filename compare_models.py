@@ -7,7 +7,7 @@
 
 Reads   FOLDER/meta.json and the pictures of each folder, as generate_images.py writes them. Pictures are paired by prompt and
         file name, what is left of a prompt in its order; what finds no partner in every other folder is named and left out
-        --hpc: the classifier, for the Human Preference Score; scored by evaluate_hps.py, so a rerun scores only what is new
+        --hpc: the classifier, for the Human Preference Score; scored as by evaluate_hps.py, and a rerun scores only what is new
         --scores: JSON Lines of file_name, caption and score, as evaluate_hps.py --output writes, a file a folder
 Writes  OUTPUT/index.html (opens from disk; with OUTPUT/pictures/ it can be sent to anybody), OUTPUT/figure.png,
         OUTPUT/summary.json, OUTPUT/scores/ (a row a picture), OUTPUT/votes.jsonl (of --vote),
@@ -23,13 +23,11 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 
-from utils import jsonl, runs
+from utils import jsonl, ranks, runs, scoring
 from utils.errors import UserError, one_line_errors
 
 PAGE = Path(__file__).parent / "utils" / "report.html"
@@ -56,8 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--score_names", nargs="+", default=[], help="what the scores of --scores are called")
     parser.add_argument("--tie", type=float, default=0.0, help="differences up to this are ties (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, and of the vote's sides (default: 0)")
-    for name in ("model", "resize", "precision", "batch_size", "num_workers", "device"):
-        parser.add_argument(f"--{name}", help="as in evaluate_hps.py")
+    scoring.add_arguments(parser)
     # The figure, the vote.
     parser.add_argument(
         "--figure_prompts", nargs="+", help="prompts, or parts that only one has (default: six, from worst to best)"
@@ -68,18 +65,19 @@ def parse_args(argv=None):
 
 
 def main(args):
+    scoring.check_arguments(args)
+
     # Find what there is to compare.
     folders = [args.baseline, *args.candidate]
     labels = name_models(args.labels, folders)
-    metas = [read_meta(folder) for folder in folders]
+    metas = [scoring.read_pairs(folder / "meta.json", folder) for folder in folders]
     pairs, left_out = pair_pictures(folders, metas)
     sets = find_scores(args, folders)
     begin_report(args, folders)
 
     # Score it.
     if args.hpc:
-        for folder, path in zip(folders, sets["HPS"], strict=True):
-            score_folder(args, folder, path)
+        score_folders(args, folders, metas, sets["HPS"])
     scores = {name: [read_score(path) for path in paths] for name, paths in sets.items()}
     pairs, unscored = keep_scored(folders, pairs, scores)
     tell_left_out(args.output, left_out + unscored)
@@ -123,12 +121,6 @@ def name_models(given: list[str] | None, folders: list[Path]) -> list[str]:
         if len(set(names)) == len(folders) == len(names):
             return names
     raise UserError(f"--labels: expected {len(folders)} different names, the baseline's first")
-
-
-def read_meta(folder: Path) -> list[tuple[str, str]]:
-    from evaluate_hps import read_pairs
-
-    return read_pairs(str(folder / "meta.json"), folder)
 
 
 def pair_pictures(folders: list[Path], metas: list[list[tuple[str, str]]]) -> tuple[list[tuple], list[dict]]:
@@ -211,17 +203,13 @@ def find_scores(args, folders: list[Path]) -> dict[str, list]:
     return dict(zip(names, sets, strict=True))
 
 
-def score_folder(args, folder: Path, output: Path):
-    """Score a folder as `evaluate_hps.py --output` does."""
-    import evaluate_hps
+def score_folders(args, folders: list[Path], metas: list, outputs: list[Path]):
+    """Score what has no score yet, as `evaluate_hps.py --output` does."""
+    from utils import hps  # takes seconds
 
-    words = ["--hpc", args.hpc, "--image_folder", folder, "--meta_file", folder / "meta.json", "--output", output]
-    for name in ("model", "resize", "precision", "batch_size", "num_workers", "device"):
-        if getattr(args, name) is not None:
-            words += [f"--{name}", getattr(args, name)]
-    words += ["--skip_errors", *(["--overwrite"] if args.overwrite else [])]
-    with redirect_stdout(StringIO()):
-        evaluate_hps.main(evaluate_hps.parse_args([str(word) for word in words]))
+    scorer = hps.load(args.hpc, args.model, ranks.device(args.device), precision=args.precision, resize=args.resize)
+    for folder, meta, output in zip(folders, metas, outputs, strict=True):
+        scoring.score_folder(args, scorer, folder / "meta.json", folder, meta, output, skip_errors=True)
 
 
 def read_score(path) -> dict[tuple[str, str], float]:

@@ -25,17 +25,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils import prompts, ranks, recipe, runs
+from utils import pipeline, prompts, ranks, recipe, runs
 from utils.errors import UserError, one_line_errors
 from utils.jsonl import write_whole
 
-# diffusers' class, what it needs beside the model's own configuration, and AUTOMATIC1111's name for the sampler.
-SCHEDULERS = {
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, "PLMS"),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
-    "euler": ("EulerDiscreteScheduler", {}, "Euler"),
-}
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -67,7 +60,9 @@ def parse_args(argv=None):
     parser.add_argument("--negative_prompt", default="Weird image. ", help='steer away from this; "" for none')
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=7.5)
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="pndm", help="default: pndm, as in the paper")
+    parser.add_argument(
+        "--scheduler", choices=pipeline.SCHEDULERS, default="pndm", help="default: pndm, as in the paper"
+    )
     parser.add_argument("--height", type=int, help="pixels (default: what the model was trained for)")
     parser.add_argument("--width", type=int, help="pixels (default: what the model was trained for)")
     # the files
@@ -134,7 +129,7 @@ def begin_folder(args, pictures: list[Picture], folder: Path) -> dict:
     """Record the recipe, or go on with pictures of the same; `--overwrite` removes those of another. Return the record."""
     free = ("batch_size", "device", "folder", "overwrite", "rank", "world_size", "compile", "prompts")
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    settings["precision"] = precision(args)
+    settings["precision"] = pipeline.pick_precision(args.precision, args.device)
     digest = hashlib.sha256(json.dumps([picture.prompt for picture in pictures]).encode()).hexdigest()
     settings["prompts"] = f"{len(pictures) // args.images_per_prompt}, SHA-256 {digest[:16]}"
     if args.unet_weight:
@@ -204,57 +199,24 @@ def flag(rows: list[dict], folder: Path):
 
 def load_pipeline(args):
     """Return the pipeline with the LoRA fused into its UNet, which is then as fast as without one."""
-    import diffusers
-    import torch
-
     from utils import lora
 
-    kept = {} if args.safety_checker else {"safety_checker": None, "requires_safety_checker": False}
-    try:
-        # In fp32: a LoRA is smaller than the last digits of half-precision weights, so it is added before they are rounded.
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, dtype=torch.float32, **kept
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {reason}") from None
-    if args.safety_checker and pipe.safety_checker is None:
-        raise UserError(f"--safety_checker: {args.pretrained_model_name_or_path} has none")
+    pipe = pipeline.load(args.pretrained_model_name_or_path, args.scheduler, args.safety_checker)
     for name in ("height", "width"):
         if (getattr(args, name) or 0) % pipe.vae_scale_factor:
             raise UserError(f"--{name} {getattr(args, name)}: should be a multiple of {pipe.vae_scale_factor}")
-    scheduler, options, _ = SCHEDULERS[args.scheduler]
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
     if args.num_inference_steps > pipe.scheduler.config.num_train_timesteps:
         raise UserError(
             f"--num_inference_steps {args.num_inference_steps}: the model has {pipe.scheduler.config.num_train_timesteps}"
         )
     if args.unet_weight:
         lora.fuse(pipe.unet, lora.read(args.unet_weight), args.lora_scale)
-    return place(pipe, args)
+    return pipeline.place(pipe, args.device, args.precision, args.compile)
 
 
-def place(pipe, args):
-    """Move the pipeline to the device, in the precision and memory layout it is fastest in, and compile it if asked to."""
-    import torch
-
-    device = ranks.device(args.device)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision(args)]
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns of nothing here
-    # Convolutions want the channels last, on GPUs' tensor cores and on CPUs.
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest kernel is worth looking for
-    if args.compile:
-        pipe.unet.compile(fullgraph=True, dynamic=False)
-    return pipe
-
-
-def precision(args) -> str:
-    return args.precision or ("fp32" if ranks.device(args.device).type == "cpu" else "fp16")
+def height_and_width(args, pipe) -> tuple[int, int]:
+    """Return the pictures' height and width in pixels."""
+    return args.height or pipeline.side(pipe), args.width or pipeline.side(pipe)
 
 
 def warn_of_long_prompts(tokenizer, pictures: list[Picture]):
@@ -302,7 +264,7 @@ def generate_batches(args, pipe, pictures: list[Picture], batch_size: int, folde
     """Draw batch after batch; threads encode and write a batch while the next one is drawn."""
     from utils import sampling
 
-    negative_embeds = sampling.encode(pipe, [args.negative_prompt])
+    negative_embeds, (height, width) = sampling.encode(pipe, [args.negative_prompt]), height_and_width(args, pipe)
     describe = recipe_writer(args, pipe)
     writing = []
 
@@ -318,42 +280,16 @@ def generate_batches(args, pipe, pictures: list[Picture], batch_size: int, folde
             # A compiled UNet knows one batch size: the last batch is filled up, and the surplus dropped.
             filled = batch + batch[-1:] * (batch_size - len(batch)) if args.compile else batch
             texts, seeds = [picture.prompt for picture in filled], [picture.seed for picture in filled]
-            pixels, ready = fetch(draw(pipe, texts, seeds, args, negative_embeds))
+            drawn = sampling.draw(
+                pipe, texts, seeds, negative_embeds, args.num_inference_steps, args.guidance_scale, height, width
+            )
+            pixels, ready = fetch(drawn)
             written()
             writing += [
                 pool.submit(write_picture, folder / picture.name, array, ready, describe(picture), args)
                 for picture, array in zip(batch, pixels.numpy(), strict=False)
             ]
         written()
-
-
-def draw(pipe, texts: list[str], seeds: list[int], args, negative_embeds=None):
-    """Return one picture a prompt, each from its own seed's noise: uint8 (n, height, width, 3), on the pipeline's device."""
-    from utils import sampling
-
-    height = args.height or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    width = args.width or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    if negative_embeds is None:
-        negative_embeds = sampling.encode(pipe, [args.negative_prompt])
-    latents = sampling.sample(
-        pipe, sampling.noise(pipe, seeds, height, width), sampling.encode(pipe, texts), negative_embeds,
-        args.num_inference_steps, args.guidance_scale,
-    )  # fmt: skip
-    pixels = sampling.decode(pipe, latents)
-    if pipe.safety_checker is not None:
-        from PIL import Image
-
-        seen = pipe.feature_extractor([Image.fromarray(array) for array in pixels.cpu().numpy()], return_tensors="pt")
-        # It blackens in place what it flags.
-        pipe.safety_checker(clip_input=seen.pixel_values.to(pipe.device, pipe.dtype), images=pixels)
-    return pixels
-
-
-def generate(pipe, texts: list[str], seeds: list[int], args) -> list:
-    """Return the pictures that `draw` draws as PIL images."""
-    from PIL import Image
-
-    return [Image.fromarray(array) for array in draw(pipe, texts, seeds, args).cpu().numpy()]
 
 
 def fetch(pixels):
@@ -383,11 +319,10 @@ def recipe_writer(args, pipe):
     """Return a function from a picture to its recipe, or to None with --no_metadata."""
     if args.no_metadata:
         return lambda picture: None
-    height = args.height or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    width = args.width or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    height, width = height_and_width(args, pipe)
     fields = {
         "Steps": args.num_inference_steps,
-        "Sampler": SCHEDULERS[args.scheduler][2],
+        "Sampler": pipeline.SCHEDULERS[args.scheduler][2],
         "CFG scale": args.guidance_scale,
         "Seed": None,
         "Size": f"{width}x{height}",

@@ -48,7 +48,7 @@ from utils.errors import UserError, one_line_errors
 from utils.jsonl import dumps, read, write_whole
 from utils.latents import encode_pixels, fill_cache, fingerprint
 from utils.main_process import on_main
-from utils.model_card import push_to_hub, write_model_card
+from utils.model_card import create_repository, push_to_hub, write_model_card
 from utils.step_log import StepLog
 from utils.training_pictures import KINDS, TrainingBatches, digest, possible_prompts, read_rows, tokenize, unusable
 from utils.validation import read_validation_prompts, validate
@@ -172,10 +172,12 @@ def main(args):
         args.max_train_steps = math.ceil(args.num_train_epochs * len(rows) / global_batch)
     output = Path(args.output_dir)
     record = on_main(accelerator, begin_run, args, output, rows, errors, global_batch, accelerator.mixed_precision)
+    # Asked now, so that a wrong token shows before the night and not after it.
+    repository = on_main(accelerator, create_repository, output, args.hub_model_id) if args.push_to_hub else None
     if (output / lora.FILE_NAMES[0]).exists() and record.get("steps") == args.max_train_steps:
         accelerator.print(f"{output} is finished; nothing to train")
-        if args.push_to_hub:
-            on_main(accelerator, push_to_hub, output, args.hub_model_id)
+        if repository:
+            on_main(accelerator, push_to_hub, output, repository)
         return
 
     # Load Stable Diffusion, freeze all of it, and add the LoRA. Only the LoRA trains, in fp32.
@@ -290,8 +292,8 @@ def main(args):
         lora.save(output, bare_unet, lora.training_metadata(settings))
         runs.finish(output / "run.json", record, steps=step, pictures=len(rows), seconds=log.seconds())
         print(f"LoRA after {step} steps of {global_batch} pictures: {output / lora.FILE_NAMES[0]}")
-    if args.push_to_hub:
-        on_main(accelerator, push_to_hub, output, args.hub_model_id)
+    if repository:
+        on_main(accelerator, push_to_hub, output, repository)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 
 import generate_images
 from benchmarks import full_size, tables
-from utils import lora, sampling
+from utils import lora, pipeline, sampling
 
 TOY = Path(__file__).parent.parent / "toy" / "models" / "stable-diffusion"
 PROMPT = "a portrait of a red circle on a white background, oil painting, number"
@@ -126,7 +126,7 @@ def our_pipeline(model: str, settings: dict, compiled: bool):
     args = generate_images.parse_args([*options, "--height", str(settings["size"]), "--width", str(settings["size"])])
     pipe = load(model)
     lora.fuse(pipe.unet, random_lora(pipe.unet))
-    return args, generate_images.place(pipe, args)
+    return args, pipeline.place(pipe, args.device, args.precision, args.compile)
 
 
 def load(model: str):

@@ -16,8 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import evaluate_hps
-from utils import hps
+from utils import hps, scoring
 from utils.errors import UserError, one_line_errors
+from utils.images import open_image
 
 TINY = {
     "embed_dim": 32,
@@ -104,8 +105,8 @@ def test_workers_give_the_same_in_the_same_order(world, model):
 
 def test_what_workers_need_can_be_pickled(world):
     scorer = hps.load(world / "hpc.pth")
-    dataset = evaluate_hps.Pictures([world / "images/0.jpg", world / "images/none.jpg"], scorer.preprocess)
-    dataset, collate = pickle.loads(pickle.dumps((dataset, evaluate_hps.collate)))
+    dataset = scoring.Pictures([world / "images/0.jpg", world / "images/none.jpg"], open_image, scorer.preprocess)
+    dataset, collate = pickle.loads(pickle.dumps((dataset, scoring.collate)))
     ((pixels, reasons),) = DataLoader(dataset, batch_size=2, collate_fn=collate)
     assert pixels.shape == (1, 3, 32, 32)
     assert reasons == [None, "no such file"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,15 +15,17 @@ import parts
 import processes
 import pytest
 import torch
+import upload_stand_in
 from conftest import SD
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_lora
 from toy import world
-from utils import checkpoints, latents, lora, training_pictures
-from utils.errors import UserError
+from utils import checkpoints, latents, lora, model_card, training_pictures
+from utils.errors import UserError, one_line_errors
 
 SMALL = f"--pretrained_model_name_or_path {SD} --resolution 32 --learning_rate 1e-3 --cpu --mixed_precision no --report_to none"
 
@@ -187,6 +190,14 @@ def test_what_a_step_sees_depends_on_neither_processes_nor_accumulation(pictures
     for other in (seen(2, 4, 1), seen(1, 4, 2), seen(4, 1, 2)):
         for a, b in zip(expected, other, strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_workers_change_nothing(pictures, tmp_path):
+    """None, one and three give the same LoRA, bit for bit, with all that is random turned on."""
+    options = ("--train_batch_size", 3, "--max_train_steps", 9, "--random_flip", "--prompt_dropout", 0.3)
+    none, *others = (run(pictures, tmp_path / str(n), *options, "--dataloader_num_workers", n) for n in (0, 1, 3))
+    for other in others:
+        assert other.keys() == none.keys() and all(torch.equal(other[key], none[key]) for key in none)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -373,12 +384,61 @@ def test_model_card_is_what_the_hub_reads(pictures, tmp_path):
     options = ("--train_batch_size", 2, "--max_train_steps", 1, "--validation_prompt_file", tmp_path / "prompts.txt")
     run(pictures, tmp_path / "out", *options, "--validation_inference_steps", 1, "--num_validation_images", 1)
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.base_model == SD and "lora" in card.data.tags and card.data.library_name == "diffusers"
+    assert card.data.base_model is None and "lora" in card.data.tags and card.data.library_name == "diffusers"
     widget = card.data.to_dict()["widget"][0]
     assert widget["text"] == 'a "red" circle: on white' and widget["parameters"] == {"negative_prompt": "Weird image. "}
     assert (tmp_path / "out" / widget["output"]["url"]).is_file()
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    settings["pretrained_model_name_or_path"] = "CompVis/stable-diffusion-v1-4"
+    model_card.write_model_card(tmp_path, settings, [], 1)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "CompVis/stable-diffusion-v1-4"
     header = lora.header(tmp_path / "out")
     assert header["negative_prompt"] == "Weird image. " and json.loads(header["options"])["lora_rank"] == 4
+
+
+def test_push_to_hub(pictures, tmp_path, monkeypatch, capsys):
+    """The hub's own client against a stand-in: what arrives, a second upload, and hubs that refuse."""
+    server = upload_stand_in.start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    out = tmp_path / "out"
+    options = ["--train_batch_size", 2, "--max_train_steps", 2, "--push_to_hub", "--validation_iters", 1]
+    options += ["--validation_prompt_file", tmp_path / "prompts.txt", "--validation_inference_steps", 1]
+
+    def refused() -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            run(pictures, out, *options)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 2 and len(said) == 1
+        return said[0]
+
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert re.match("error: --push_to_hub: .*401.* Invalid credentials", refused())
+    assert not (out / "log.jsonl").exists(), "known before the training, not after"
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    server.refusals = {"/preupload/": 403}
+    assert re.match(
+        "error: --push_to_hub: .*403.* the hub says no.*; the LoRA is in .*out, the same command", refused()
+    )
+    assert not server.files and (out / lora.FILE_NAMES[0]).exists()
+
+    server.refusals = {}
+    names = {lora.FILE_NAMES[0], "README.md", "run.json", "validation/step-000002.png"}
+    for commits in (1, 2):
+        server.files.clear()
+        run(pictures, out, *options)
+        assert server.commits == commits
+        assert server.files == {name: (out / name).read_bytes() for name in names}
+    assert "nothing to train" in (said := capsys.readouterr().out) and "/me/out" in said.splitlines()[-1]
+    assert [row["step"] for row in log(out)] == [1, 2]
+
+    server.shutdown()
+    server.server_close()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert re.match("error: --push_to_hub: .*Connection refused", refused())
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -23,9 +23,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-import generate_images
 from toy import world
-from utils import runs
+from utils import pipeline, runs
 from utils.errors import one_line_errors
 from utils.jsonl import dumps, write_whole
 
@@ -78,23 +77,22 @@ class Painter:
 
     def __init__(self, args):
         self.args, self.pipe = args, None
-        options = ["--pretrained_model_name_or_path", str(MODEL), "--negative_prompt", ""]
-        options += [
-            "--num_inference_steps",
-            str(args.num_inference_steps),
-            "--guidance_scale",
-            str(args.guidance_scale),
-        ]
-        self.options = generate_images.parse_args(options)
 
     def paint(self, prompts: list[str], purpose: int, name: str) -> list[Image.Image]:
-        self.pipe = self.pipe or generate_images.load_pipeline(self.options)
+        from utils import sampling
+
+        self.pipe = self.pipe or pipeline.place(pipeline.load(str(MODEL)))
+        side, negative = pipeline.side(self.pipe), sampling.encode(self.pipe, [""])
         first = int(np.random.SeedSequence((self.args.seed, purpose)).generate_state(1)[0])
         images = []
         bar = tqdm(total=len(prompts), desc=name, unit="image")
         for i in range(0, len(prompts), self.args.batch_size):
             texts = prompts[i : i + self.args.batch_size]
-            images += generate_images.generate(self.pipe, texts, range(first + i, first + i + len(texts)), self.options)
+            drawn = sampling.draw(
+                self.pipe, texts, range(first + i, first + i + len(texts)), negative, self.args.num_inference_steps,
+                self.args.guidance_scale, side, side,
+            )  # fmt: skip
+            images += sampling.to_images(drawn)
             bar.update(len(texts))
         bar.close()
         return images

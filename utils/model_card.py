@@ -13,7 +13,9 @@ def write_model_card(output: Path, settings: dict, prompts: list[str], steps: in
     base, prefix = settings["pretrained_model_name_or_path"], settings["negative_prefix"]
     grid = max((output / "validation").glob("step-*.png"), default=None)
     quote = json.dumps  # a JSON string is a YAML string
-    front = ["license: creativeml-openrail-m", "library_name: diffusers", f"base_model: {quote(base)}"]
+    front = ["license: creativeml-openrail-m", "library_name: diffusers"]
+    # The hub refuses a card whose base model is none of its own.
+    front += [] if Path(base).is_dir() else [f"base_model: {quote(base)}"]
     front += ["pipeline_tag: text-to-image", "inference: true", "tags:"]
     front += [f"- {tag}" for tag in ("text-to-image", "diffusers", "lora", "stable-diffusion")]
     if grid:
@@ -45,16 +47,31 @@ def write_model_card(output: Path, settings: dict, prompts: list[str], steps: in
     write_whole(output / "README.md", "\n".join(["---", *front, "---", "", "\n\n".join(body), ""]))
 
 
-def push_to_hub(output: Path, repository: str | None):
+def create_repository(output: Path, name: str | None) -> str:
+    """Return the full name of the repository on the hub, made if it is missing; UserError if the hub refuses."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().create_repo(name or output.resolve().name, exist_ok=True).repo_id
+    except Exception as error:  # the hub's client and its HTTP library have many kinds
+        raise UserError(f"--push_to_hub: {on_one_line(error)}") from None
+
+
+def push_to_hub(output: Path, repository: str):
     """Upload the LoRA, its card, run.json and the last validation pictures; UserError if the hub refuses."""
     from huggingface_hub import HfApi
 
     grid = max((output / "validation").glob("step-*.png"), default=None)
     files = [lora.FILE_NAMES[0], "README.md", "run.json"] + ([f"validation/{grid.name}"] if grid else [])
     try:
-        url = HfApi().create_repo(repository or output.resolve().name, exist_ok=True)
-        HfApi().upload_folder(repo_id=url.repo_id, folder_path=output, allow_patterns=files)
-    except Exception as error:  # the hub's client and its HTTP library have many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--push_to_hub: {reason}; the LoRA is in {output}, the same command tries again") from None
-    print(f"uploaded to {url}")
+        done = HfApi().upload_folder(repo_id=repository, folder_path=output, allow_patterns=files)
+    except Exception as error:
+        raise UserError(
+            f"--push_to_hub: {on_one_line(error)}; the LoRA is in {output}, the same command tries again"
+        ) from None
+    print(f"uploaded to {done.repo_url}")
+
+
+def on_one_line(error: Exception) -> str:
+    """Return what the error says; the hub's reason stands below its first line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -11,6 +11,7 @@ The pictures lie in preference_images/ (HPD), in a folder named as the file (HPD
 
 import io
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils import scoring
 from utils.errors import UserError
 from utils.images import open_image
 from utils.jsonl import check, read_array
@@ -186,8 +188,6 @@ def score(choices: list[Choice], scorer, batch_size: int, num_workers: int, show
     Scores are HPS, 100 * cosine, one for each picture. Every prompt is encoded once; batches run across prompts.
     """
     import torch
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
 
     from utils.hps import pair_scores
 
@@ -196,57 +196,24 @@ def score(choices: list[Choice], scorer, batch_size: int, num_workers: int, show
     prompts = list(dict.fromkeys(choice.prompt for choice in choices))
     encoded = dict(zip(prompts, scorer.encode_prompts(prompts), strict=True))
     images = [image for choice in choices for image in choice.images]
-    loader = DataLoader(
-        Pictures(images, scorer.preprocess),
-        batch_size=batch_size,
-        num_workers=min(num_workers, -(-len(images) // batch_size)),
-        collate_fn=collate,
-        pin_memory=scorer.device.type == "cuda",
-    )
-    bar = tqdm(total=len(images), desc="score", unit="image", disable=not show)
-    features, reasons, rest = [], [], iter(loader)
-    for choice in choices:
-        n = len(choice.images)
-        while len(reasons) < n:
-            pixels, batch_reasons = next(rest)
-            good = iter(scorer.encode_images(pixels) if pixels is not None else ())
-            features += [None if reason else next(good) for reason in batch_reasons]
-            reasons += batch_reasons
-            bar.update(len(batch_reasons))
-        wrong = [f"{image.name}: {why}" for image, why in zip(choice.images, reasons[:n], strict=False) if why]
-        if wrong:
-            yield None, wrong[0]
-        else:
-            scores = pair_scores(torch.stack(features[:n]), encoded[choice.prompt]).tolist()
-            if not np.isfinite(scores).all():
-                raise UserError("the scores are no numbers; is the checkpoint sound, and --precision enough?")
-            yield scores, None
-        del features[:n], reasons[:n]
-    bar.close()
-
-
-class Pictures:
-    """A torch dataset of (pixels, None), or (None, why the picture cannot be decoded)."""
-
-    def __init__(self, images: list, preprocess):
-        self.images, self.preprocess = images, preprocess
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        try:
-            return self.preprocess(open_choice(self.images[i])), None
-        except (ValueError, OSError) as error:
-            return None, str(error)
-
-
-def collate(items):
-    """Return the stacked pixels of a batch's good pictures, and for each picture the reason why it is none, or None."""
-    import torch
-
-    good = [pixels for pixels, _ in items if pixels is not None]
-    return torch.stack(good) if good else None, [reason for _, reason in items]
+    features, reasons = [], []
+    with closing(scoring.encode_pictures(scorer, images, open_choice, batch_size, num_workers, show)) as batches:
+        for choice in choices:
+            n = len(choice.images)
+            while len(reasons) < n:
+                encoded_images, batch_reasons = next(batches)
+                good = iter(encoded_images)
+                features += [None if reason else next(good) for reason in batch_reasons]
+                reasons += batch_reasons
+            wrong = [f"{image.name}: {why}" for image, why in zip(choice.images, reasons[:n], strict=False) if why]
+            if wrong:
+                yield None, wrong[0]
+            else:
+                scores = pair_scores(torch.stack(features[:n]), encoded[choice.prompt]).tolist()
+                if not np.isfinite(scores).all():
+                    raise UserError("the scores are no numbers; is the checkpoint sound, and --precision enough?")
+                yield scores, None
+            del features[:n], reasons[:n]
 
 
 def agreement(scores: list[float], choice: Choice) -> tuple[float, float, int]:

@@ -7,9 +7,35 @@ wait: the scheduler counts on the CPU, the negative prompt is encoded once, and 
 import copy
 
 import torch
+from PIL import Image
 
 # Pictures of together as many pixels (4 of 512 x 512) are decoded at a time: the VAE, not the UNet, needs the most memory.
 DECODE_PIXELS = 2**20
+
+
+def draw(
+    pipe, prompts: list[str], seeds: list[int], negative_embeds, num_inference_steps: int, guidance_scale: float,
+    height: int, width: int,
+) -> torch.Tensor:  # fmt: skip
+    """Return a picture a prompt, each from its own seed's noise: uint8 (n, height, width, 3), on the pipeline's device.
+
+    `negative_embeds` (1 or n, tokens, width) is what `encode` makes of the negative prompt. If the pipeline has a safety
+    checker, what it flags is black.
+    """
+    latents = sample(
+        pipe, noise(pipe, seeds, height, width), encode(pipe, prompts), negative_embeds, num_inference_steps, guidance_scale
+    )  # fmt: skip
+    pixels = decode(pipe, latents)
+    if pipe.safety_checker is not None:
+        seen = pipe.feature_extractor(to_images(pixels), return_tensors="pt")
+        # It blackens in place what it flags.
+        pipe.safety_checker(clip_input=seen.pixel_values.to(pipe.device, pipe.dtype), images=pixels)
+    return pixels
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """Return pictures, uint8 (n, height, width, 3), as PIL images."""
+    return [Image.fromarray(array) for array in pixels.cpu().numpy()]
 
 
 def noise(pipe, seeds: list[int], height: int, width: int) -> torch.Tensor:
