@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import html
 import io
 import math
 import os
@@ -47,7 +46,7 @@ from tqdm import tqdm
 from utils import img2dataset, jsonl, runs, web
 from utils.errors import UserError, one_line_errors
 from utils.images import eight_bit, to_rgb
-from utils.tables import Limit, Table, open_table, pick_columns, to_number
+from utils.url_tables import Limit, Table, candidates, clean, open_table, pick_columns
 from utils.web import Skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow also opens EPS, by running a PostScript interpreter
@@ -277,33 +276,6 @@ def pick_limits(columns: dict, args) -> list[Limit]:
         Limit(columns["height_column"], args.min_size, math.inf, "below --min_size in the table"),
     ]
     return [limit for limit in limits if limit.column is not None]
-
-
-def candidates(rows, columns: dict, skip=frozenset()) -> Iterator[tuple]:
-    """Yield (number, url, caption, problem or None) of the rows that are not in `skip`."""
-    for number, row in rows:
-        if number in skip:
-            continue
-        if isinstance(row, str):
-            yield number, None, None, row
-            continue
-        url, caption, problem = row.get(columns["url_column"]), row.get(columns["caption_column"]), None
-        score = row.get(columns["score_column"])
-        caption = clean(caption) if isinstance(caption, str) else ""
-        if columns["score_column"] is not None and math.isnan(to_number(score)):
-            problem = f"score is not a number: {score!r:.50}"
-        if not isinstance(url, str) or not re.match(r"\s*https?://.", url, re.IGNORECASE):
-            problem = f"not an http(s) address: {url!r:.100}"
-        elif not caption:
-            problem = "no caption"
-        yield number, url, caption, problem
-
-
-def clean(caption: str) -> str:
-    """Return a caption without HTML entities (often escaped twice), control characters and superfluous space."""
-    while (plain := html.unescape(caption)) != caption:
-        caption = plain
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\udfff]", " ", caption).split())
 
 
 def write_urls(table: Table, columns: dict, limits: list[Limit], path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -41,14 +42,18 @@ def app(tmp_path_factory):
         f"{words} --num_inference_steps {STEPS} --guidance_scale {GUIDANCE} --port {port} --queue 3 "
         f"--examples {folder}/examples.json".split()
     )
-    page, painter = app_gradio.start(args, wait=False)
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, folder=folder, painter=painter, args=args)
-    page.close()
+    # What gradio's server and client keep of every answer goes where pytest cleans up.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "server"))
+        patch.setattr(tempfile, "tempdir", str(folder))
+        page, painter = app_gradio.start(args, wait=False)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, folder=folder, painter=painter, args=args)
+        page.close()
 
 
 def ask(app, prompt: str, seed="", steps=STEPS, size=32, strength=1.0, negative="Weird image. ", sides=(False, True)):
     """Ask for a prompt's pictures as one visitor; return the job."""
-    client = Client(app.url, verbose=False)
+    client = Client(app.url, verbose=False, download_files=app.folder / "client")
     return client.submit(prompt, steps, GUIDANCE, seed, size, size, negative, *sides, strength, api_name="/generate")
 
 

@@ -27,6 +27,7 @@ from server import Web
 
 import download_regularization_images as stage
 from utils.errors import UserError
+from utils.url_tables import clean
 
 SCRIPT = Path(stage.__file__)
 KILLS = int(os.environ.get("KILLS", "4"))  # kill -9 at so many random moments
@@ -329,7 +330,7 @@ def test_duplicates_are_kept_once_whatever_arrives_first(web, tmp_path):
     ],
 )  # fmt: skip
 def test_captions_are_cleaned(raw, cleaned):
-    assert stage.clean(raw) == cleaned.replace("�", "")
+    assert clean(raw) == cleaned.replace("�", "")
 
 
 def test_what_the_table_says_saves_asking(web, tmp_path):

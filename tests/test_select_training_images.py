@@ -18,6 +18,7 @@ from PIL import Image
 import process_diffusiondb
 import select_training_images as stage
 from utils import hub as hub_files
+from utils import scored_rows
 from utils.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +140,7 @@ def test_agrees_with_a_plain_loop(tmp_path):
         }
         for i in range(3000)
     ]
-    meta = stage.read_meta(write_rows(tmp_path / "meta.jsonl", rows))
+    meta = scored_rows.read(write_rows(tmp_path / "meta.jsonl", rows))
     args = stage.parse_args([])
     groups, _ = stage.group_by_prompt(meta, args)
     found = stage.choose(meta, stage.stand_out(groups, +1), "positive", None, args)
@@ -494,14 +495,14 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 def test_meta_files_in_other_forms(tmp_path):
     rows = write_source(tmp_path / "source")
-    expected = stage.read_meta(write_rows(tmp_path / "meta.jsonl", rows)).to_pylist()
+    expected = scored_rows.read(write_rows(tmp_path / "meta.jsonl", rows)).to_pylist()
     (tmp_path / "array.json").write_text(json.dumps(rows))
     (tmp_path / "torn.jsonl").write_text((tmp_path / "meta.jsonl").read_text() + '{"id": 1, "prom')
     write_rows(tmp_path / "more.jsonl", [row | {"more": [i], "score": int(row["score"])} for i, row in enumerate(rows)])
-    assert stage.read_meta(tmp_path / "array.json").to_pylist() == expected
-    assert stage.read_meta(tmp_path / "torn.jsonl").to_pylist() == expected
+    assert scored_rows.read(tmp_path / "array.json").to_pylist() == expected
+    assert scored_rows.read(tmp_path / "torn.jsonl").to_pylist() == expected
     whole = [row | {"score": float(int(row["score"]))} for row in expected]
-    assert stage.read_meta(tmp_path / "more.jsonl").to_pylist() == whole
+    assert scored_rows.read(tmp_path / "more.jsonl").to_pylist() == whole
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):

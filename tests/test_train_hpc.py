@@ -23,6 +23,7 @@ from toy import make_data
 from utils import hps, preferences
 from utils.errors import UserError
 from utils.images import open_image
+from utils.prompt_batches import PromptBatches
 
 WEIGHTS = str(make_data.MODEL.parent / "clip.safetensors")
 SMALL = f"""{" ".join(CLIP)} --pretrained {WEIGHTS} --unlocked_image_layers 4 --unlocked_text_layers 2 --num_workers 0
@@ -313,8 +314,8 @@ def test_flips_come_from_the_picture(dataset):
     choices = preferences.read(dataset / "preference_train.json", [])
     scorer = hps.load(model=CLIP[1], pretrained=WEIGHTS)
     accelerator = SimpleNamespace(process_index=0, num_processes=1)
-    flipping = train_hpc.PromptBatches(choices, scorer, args, accelerator)
-    as_it_is = train_hpc.PromptBatches(choices, scorer, plain, accelerator)
+    flipping = PromptBatches(choices, scorer, args, accelerator)
+    as_it_is = PromptBatches(choices, scorer, plain, accelerator)
     mirrored = [[], []]
     for i, k in itertools.product(range(16), range(4)):
         image = scorer.preprocess(open_image(choices[i].images[k]))

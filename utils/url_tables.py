@@ -1,10 +1,11 @@
-"""Tables of any format as a stream of rows: Parquet, csv, tsv, jsonl, .gz of the text ones, and data sets on the hub.
+"""Tables of image addresses and captions as a stream of rows: Parquet, csv, tsv, jsonl, .gz of the text ones, or on the hub.
 
 A row keeps its number (the first is 0) whatever is left out. It is a dict, or a string that says what is wrong with it.
 """
 
 import csv
 import gzip
+import html
 import json
 import math
 import re
@@ -132,6 +133,33 @@ def pick_columns(table: Table, options: dict) -> dict[str, str | None]:
     if columns["score_column"] is None:
         print(f"no aesthetic scores among its columns {has}: --min_aesthetic is not applied")
     return columns
+
+
+def candidates(rows, columns: dict, skip=frozenset()) -> Iterator[tuple]:
+    """Yield (number, url, caption, problem or None) of the rows that are not in `skip`."""
+    for number, row in rows:
+        if number in skip:
+            continue
+        if isinstance(row, str):
+            yield number, None, None, row
+            continue
+        url, caption, problem = row.get(columns["url_column"]), row.get(columns["caption_column"]), None
+        score = row.get(columns["score_column"])
+        caption = clean(caption) if isinstance(caption, str) else ""
+        if columns["score_column"] is not None and math.isnan(to_number(score)):
+            problem = f"score is not a number: {score!r:.50}"
+        if not isinstance(url, str) or not re.match(r"\s*https?://.", url, re.IGNORECASE):
+            problem = f"not an http(s) address: {url!r:.100}"
+        elif not caption:
+            problem = "no caption"
+        yield number, url, caption, problem
+
+
+def clean(caption: str) -> str:
+    """Return a caption without HTML entities (often escaped twice), control characters and superfluous space."""
+    while (plain := html.unescape(caption)) != caption:
+        caption = plain
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\udfff]", " ", caption).split())
 
 
 def arrow_rows(batches, limits: list[Limit], counts: Counter) -> Iterator[tuple[int, dict]]:
