@@ -73,6 +73,7 @@ def kohya_metadata(matrices: dict[str, lora.Matrices], metadata: dict[str, str])
     width = next((down.shape[1] for name, (down, _, _) in matrices.items() if name.endswith("attn2_to_k")), None)
     if width in (768, 1024):
         found["ss_base_model_version"] = {768: "sd_v1", 1024: "sd_v2"}[width]
+        found["ss_v2"] = str(width == 1024)  # what AUTOMATIC1111 goes by
     if "base_model" in metadata:
         found["ss_sd_model_name"] = metadata["base_model"]
     if "negative_prompt" in metadata:

@@ -157,7 +157,9 @@ def test_kohya_file_by_the_web_interfaces_rule(full_size, tmp_path, rank, alpha)
     with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
         header = file.metadata()
     assert (header["ss_network_dim"], float(header["ss_network_alpha"])) == (str(rank), alpha)
-    assert header["ss_base_model_version"] == "sd_v1" and "Weird image. " in header["ss_training_comment"]
+    assert (header["ss_base_model_version"], header["ss_v2"]) == ("sd_v1", "False") and "Weird image. " in header[
+        "ss_training_comment"
+    ]
 
 
 def test_fused_is_a_pipeline_of_its_own(tmp_path):
