@@ -322,15 +322,26 @@ def test_strange_images_and_prompts_do_not_stop_the_others(tmp_path):
     mixed = [item for pair in itertools.zip_longest(bad.items(), good.items()) for item in pair if item]
     prompts = itertools.cycle(["", "x" * 20000, "🐱 " * 200, 'a "quoted"\nprompt\t\\', "naïve \u2028 "])
     entries = [(name, next(prompts), content) for name, content in mixed]
-    write_part(tmp_path / "parts", 2, entries)
+    path = write_part(tmp_path / "parts", 2, entries)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    index = {"absent.webp": {"p": ""}, "../outside.webp": {"p": ""}} | json.loads(members["part-000002.json"])
+    members |= {"../outside.webp": b"x", "not-listed.webp": b"x"}
+    members["zip-bomb.webp"] = bytes(stage.diffusiondb.MAX_IMAGE_BYTES + 1)
+    members["part-000002.json"] = json.dumps(index | {"zip-bomb.webp": {"p": ""}}).encode()
+    write_zip(path, members)
     meta = run(tmp_path, workers=2)
     rows = read_rows(meta)
     assert [(row["image"], row["prompt"]) for row in rows] == [(name, p) for name, p, _ in entries if name in good]
     assert all(np.isfinite(row["score"]) for row in rows)
     errors = read_rows(f"{meta}.errors.jsonl")
-    assert [error["item"] for error in errors] == [f"part-000002.zip/{name}" for name, _, _ in entries if name in bad]
-    reasons = {error["item"].rpartition("/")[2]: error["reason"] for error in errors}
+    reasons = {error["item"].removeprefix("part-000002.zip").removeprefix("/"): error["reason"] for error in errors}
+    undecodable = [name for name, _, _ in entries if name in bad]
+    assert list(reasons) == ["absent.webp", "../outside.webp", "", *undecodable, "zip-bomb.webp"]
+    assert "absent from the zip" in reasons["absent.webp"] and "plain file name" in reasons["../outside.webp"]
+    assert reasons[""].startswith("1 members of the zip") and "declares" in reasons["zip-bomb.webp"]
     assert "too long and thin" in reasons["hair.png"] and "bomb" in reasons["bomb.png"]
+    assert reasons["text.webp"] == reasons["empty.webp"] == "not a readable picture: in no known format"
     assert all("\n" not in reason and "Traceback" not in reason for reason in reasons.values())
 
     # The same picture in another file is known as the same; other pictures are not.

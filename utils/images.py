@@ -1,11 +1,13 @@
 """Pictures from files of any kind, opened and converted the same way in every stage."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 Image.MAX_IMAGE_PIXELS = 100_000_000  # a larger one is refused before it is decoded (above twice this, Pillow raises)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
@@ -21,6 +23,8 @@ def open_image(source) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise ValueError("no such file") from None
+    except UnidentifiedImageError:  # its own words hold the file's place in memory, another one in each run
+        raise ValueError("not a readable picture: in no known format") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError) as error:
         name = f" {source}" if isinstance(source, (str, Path)) else ""
         raise ValueError(f"not a readable picture: {str(error).replace(name, '')}") from None
