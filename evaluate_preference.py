@@ -48,7 +48,7 @@ def parse_args(argv=None):
         "--resize", nargs="+", choices=["crop", "pad"], default=[None],
         help="one for all or one for each (default: the checkpoint's, else crop, CLIP's own)",
     )  # fmt: skip
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="default: fp32")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="default: fp32")
     # Intervals.
     parser.add_argument("--resamples", type=int, default=2000, help="of the prompts (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")

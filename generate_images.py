@@ -262,8 +262,11 @@ def generate_files(args, pipe, pictures: list[Picture], folder: Path):
 
 def generate_batches(args, pipe, pictures: list[Picture], batch_size: int, folder: Path, bar):
     """Draw batch after batch; threads encode and write a batch while the next one is drawn."""
+    import torch
+
     from utils import sampling
 
+    torch.backends.cudnn.benchmark = True  # all batches have one shape: a GPU's fastest kernel is worth looking for
     negative_embeds, (height, width) = sampling.encode(pipe, [args.negative_prompt]), height_and_width(args, pipe)
     describe = recipe_writer(args, pipe)
     writing = []
@@ -299,8 +302,8 @@ def fetch(pixels):
     copy = pixels.to("cpu", non_blocking=True)
     if pixels.device.type != "cuda":
         return copy, lambda: None
-    event = torch.cuda.Event()
-    event.record()
+    event = torch.cuda.Event(blocking=True)  # the threads that wait leave the processors alone
+    event.record(torch.cuda.current_stream(pixels.device))
     return copy, event.synchronize
 
 

@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--clip_checkpoint", required=True, help="hpc.pth")
     parser.add_argument("--model", help="open_clip name or JSON config (default: the checkpoint's, else ViT-L/14)")
     parser.add_argument("--resize", choices=["crop", "pad"], help="default: the checkpoint's, else crop, CLIP's own")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="default: fp32")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="default: fp32")
     # The blur test.
     parser.add_argument(
         "--blur_threshold", type=float, default=10, help="blurry: neighbours differ by less, of 255 levels of grey"

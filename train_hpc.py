@@ -103,6 +103,8 @@ def main(args):
         scorer.model.set_grad_checkpointing()
     optimizer = make_optimizer(scorer.model, args)
     step, best = load_checkpoint(checkpoint_path, scorer.model, optimizer, accelerator)
+    if len(set(gather_object([step]))) > 1:
+        raise UserError(f"{checkpoint_path}: the processes see different ones; run the same command again")
     model, optimizer = accelerator.prepare(scorer.model, optimizer)
     batches = PromptBatches(train_choices, scorer, args, accelerator, first_step=step)
     steps, tests = batches.steps, test_steps(args, batches)
@@ -300,10 +302,11 @@ class Window:
 
     @torch.no_grad()
     def add(self, losses: list, logits: list, chosen: list[int]):
-        beaten = torch.stack([(x[choice] > x).sum() for x, choice in zip(logits, chosen, strict=True)])
-        others = torch.tensor([len(x) - 1 for x in logits], device=beaten.device)
-        sums = (torch.stack(losses).sum(), (beaten == others).sum(), beaten.sum(), others.sum())
-        self.sums[:4] += torch.stack([value.float() for value in sums])
+        beaten = [(x[choice] > x).sum() for x, choice in zip(logits, chosen, strict=True)]
+        first = torch.stack([count == len(x) - 1 for count, x in zip(beaten, logits, strict=True)])
+        sums = (torch.stack(losses).sum(), first.sum(), torch.stack(beaten).sum())
+        self.sums[:3] += torch.stack([value.float() for value in sums])
+        self.sums[3] += sum(len(x) - 1 for x in logits)
         self.sums[4] += len(logits)
         self.sums[5] += sum(map(len, logits))
 

@@ -160,7 +160,7 @@ def test_scores_of_other_settings_are_refused(world):
     before = output.read_text()
     for flags, hpc, named in (
         ((), "b.pth", "checkpoint_sha256 was"),
-        (("--precision", "bf16"), "hpc.pth", "precision was 'fp32', now 'bf16'"),
+        (("--precision", "fp16"), "hpc.pth", "precision was 'fp32', now 'fp16'"),
         (("--resize", "pad"), "hpc.pth", "resize was 'crop', now 'pad'"),
     ):
         with pytest.raises(UserError, match=named):

@@ -260,8 +260,8 @@ def test_interrupted_and_shared_out_it_writes_the_same(dataset, tmp_path, monkey
         for row, other in zip(rows_of(tmp_path / name), rows_of(tmp_path / "whole.jsonl"), strict=True):
             for label, scores in row["scores"].items():  # the batches were others
                 assert scores == pytest.approx(other["scores"][label], abs=1e-4)
-    with pytest.raises(UserError, match="precision was 'fp32', now 'bf16'"):
-        run(*options, "--output", tmp_path / "two.jsonl", "--precision", "bf16")
+    with pytest.raises(UserError, match="precision was 'fp32', now 'fp16'"):
+        run(*options, "--output", tmp_path / "two.jsonl", "--precision", "fp16")
 
 
 def test_a_broken_picture_drops_its_prompt_until_it_is_mended(dataset, tmp_path, answers):

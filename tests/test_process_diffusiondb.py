@@ -182,7 +182,8 @@ def test_a_full_disk_is_one_line_and_what_is_there_stays(world_path, capsys):
     with pytest.raises(SystemExit) as caught, one_line_errors():
         run(world_path)
     printed = capsys.readouterr().err.splitlines()[-1]
-    assert caught.value.code == 2 and printed.startswith("error: ") and "No space left on device" in printed
+    named = f"error: {folder / 'part-000003.jsonl'}: No space left on device"
+    assert caught.value.code == 2 and printed.startswith(named)
     assert {path.name for path in folder.glob("part-??????.jsonl")} == {"part-000002.jsonl"}
     assert run(world_path).read_bytes() == reference.read_bytes()
 
@@ -242,8 +243,8 @@ def test_refuses_to_mix_and_overwrites_on_request(world_path):
     write_parts(world_path / "others", seed=1)
     with pytest.raises(UserError, match="source_dataset was"):
         run(world_path, parts="others")
-    with pytest.raises(UserError, match="precision was 'fp32', now 'bf16'"):
-        run(world_path, "--precision", "bf16")
+    with pytest.raises(UserError, match="precision was 'fp32', now 'fp16'"):
+        run(world_path, "--precision", "fp16")
     write_checkpoint(world_path / "hpc.pth", seed=1)
     with pytest.raises(UserError, match="checkpoint_sha256 was"):
         run(world_path)

@@ -41,7 +41,7 @@ from utils.errors import UserError
 from utils.images import eight_bit, open_image
 
 DEFAULT_MODEL = "ViT-L-14-quickgelu"  # OpenAI's ViT-L/14; open_clip's plain "ViT-L-14" has another activation
-DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "fp16": torch.float16}  # with the few digits of bf16 full-size scores move by 0.12
 RESIZES = ("crop", "pad")
 JIT_EXTRAS = (
     "input_resolution",
@@ -62,7 +62,7 @@ class HPS:
     name: str  # open_clip's name of the model
     config: str | dict  # what a checkpoint says under "model": that name, or the JSON config itself
     resize: str  # "crop" or "pad"; a checkpoint says so under "resize"
-    precision: str  # "fp32", "fp16" or "bf16"
+    precision: str  # "fp32" or "fp16"
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -48,8 +48,6 @@ def place(pipe, device: str | None = None, precision: str | None = None, compile
     # Convolutions want the channels last, on GPUs' tensor cores and on CPUs.
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # all batches have one shape, so its fastest kernel is worth looking for
     if compile_unet:
         pipe.unet.compile(fullgraph=True, dynamic=False)
     return pipe

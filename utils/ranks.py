@@ -27,7 +27,7 @@ def rank_and_world_size(args) -> tuple[int, int]:
 
 
 def device(name: str | None = None):
-    """Return the torch device: the named one, else this process's GPU, else the CPU."""
+    """Return the torch device, the named one, else this process's GPU, else the CPU; a GPU becomes the current one."""
     import torch
 
     if name is None and torch.cuda.is_available():
@@ -35,6 +35,8 @@ def device(name: str | None = None):
         name = f"cuda:{local % torch.cuda.device_count()}"
     try:
         found = torch.device(name or "cpu")
+        if found.type == "cuda" and found.index is not None:
+            torch.cuda.set_device(found)  # pinned memory, events and streams are the current device's
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None

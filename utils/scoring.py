@@ -21,7 +21,7 @@ def add_arguments(parser):
     """Add how pictures are scored; `check_arguments` looks at the numbers."""
     parser.add_argument("--model", help="open_clip name or JSON config (default: the checkpoint's, else ViT-L/14)")
     parser.add_argument("--resize", choices=["crop", "pad"], help="default: the checkpoint's, else crop, CLIP's own")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="default: fp32")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="default: fp32")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures; scores do not depend on it (default: 16)")
     parser.add_argument("--num_workers", type=int, default=4, help="processes that decode pictures (default: 4)")
     parser.add_argument("--device", help="default: the GPU if there is one, else the CPU")
