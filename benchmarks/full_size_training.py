@@ -68,7 +68,7 @@ def main(args):
         print(f"{what:50s}{row['batch_40_gib']:16.1f}{row['largest_batch_in_24_gib']:20d}")
     result = {"date": time.strftime("%Y-%m-%d"), "device": device_name(), "computed": rows}
     if torch.cuda.is_available():
-        result["measured"] = measured_on_gpu()
+        result["measured"] = measured_on_gpu(rows)
     if args.two_steps:
         result["two_steps"] = two_steps()
         result["two_steps"]["computed_gib"] = step_memory(1, torch.float32, False, False)
@@ -175,22 +175,25 @@ def save_model(path: Path):
     full_size.stable_diffusion().to(torch.float16).save_pretrained(path)
 
 
-def measured_on_gpu() -> list[dict]:
+def measured_on_gpu(computed: list[dict]) -> list[dict]:
     """Return the peaks of train_lora.py itself at batch 40 and at the batches that were computed to fit 24 GiB."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         apart(save_model, folder / "model")
         write_pictures(folder, 80, 512)
-        for checkpointing in (False, True):
-            options = (
-                f"--pretrained_model_name_or_path {folder}/model --annotation_file {folder}/annotation.jsonl "
-                f"--output_dir {folder}/{checkpointing} --train_batch_size 40 --max_train_steps 3 --logging_steps 1 "
-                "--report_to none --mixed_precision bf16"
-            ).split()
-            options += ["--gradient_checkpointing"] * checkpointing
-            speed, peak = apart(ours, options)
-            found.append({"gradient_checkpointing": checkpointing, "batch_40_gib": peak, "images_per_second": speed})
+        for row in computed:
+            for batch in (40, row["largest_batch_in_24_gib"]):
+                options = (
+                    f"--pretrained_model_name_or_path {folder}/model --annotation_file {folder}/annotation.jsonl "
+                    f"--output_dir {folder}/{len(found)} --train_batch_size {batch} --max_train_steps 3 --logging_steps 1 "
+                    "--report_to none --mixed_precision bf16"
+                ).split()
+                options += ["--gradient_checkpointing"] * row["gradient_checkpointing"]
+                options += ["--cache_latents", f"{folder}/latents"] * row["latents_cached"]
+                speed, peak = apart(ours, options)
+                found.append(row | {"batch": batch, "peak_gib": peak, "images_per_second": speed})
+                print("measured:", json.dumps(found[-1]), flush=True)
     return found
 
 

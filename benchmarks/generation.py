@@ -123,6 +123,7 @@ def our_pipeline(model: str, settings: dict, compiled: bool):
     options = ["--pretrained_model_name_or_path", str(TOY), "--compile"][: 3 if compiled else 2]
     for name in ("batch_size", "num_inference_steps", "precision"):
         options += [f"--{name}", str(settings[name])]
+    torch.backends.cudnn.benchmark = True
     args = generate_images.parse_args([*options, "--height", str(settings["size"]), "--width", str(settings["size"])])
     pipe = load(model)
     lora.fuse(pipe.unet, random_lora(pipe.unet))

@@ -73,6 +73,7 @@ def main(args):
         if gpu:
             compiled = [*options, *cached, "--compile", "--output_dir", f"{folder}/compiled"]
             rows += [("ours, latents cached, --compile", ours, compiled)]
+            rows += [("UNet, compiled", limit_compiled, options)]
         rows += [("limit: UNet", limit, options), ("UNet and VAE", limit_with_vae, options)]
         rows += [("loader alone, VAE online", loader_alone, options)]
         table = []
@@ -202,8 +203,8 @@ def plain(argv: list[str]) -> float:
     return max(speeds)
 
 
-def limit(argv: list[str], vae: bool = False) -> float:
-    """Return images/s of the UNet's forward and backward alone, or with the VAE's encoding."""
+def limit(argv: list[str], vae: bool = False, compiled: bool = False) -> float:
+    """Return images/s of the UNet's forward and backward alone, or with the VAE's encoding, or with its blocks compiled."""
     args = train_lora.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
@@ -211,6 +212,9 @@ def limit(argv: list[str], vae: bool = False) -> float:
     unet = pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     train_lora.make_lean(unet, dtype)
+    if compiled:
+        unet.compile_repeated_blocks(dynamic=False)
+    torch.backends.cudnn.benchmark = True
     count, side = args.train_batch_size, args.resolution // pipe.vae_scale_factor
     pixels = torch.zeros(count, 3, args.resolution, args.resolution, dtype=torch.uint8, device=device)
     latents = torch.randn(count, 4, side, side, dtype=dtype, device=device)
@@ -229,6 +233,10 @@ def limit(argv: list[str], vae: bool = False) -> float:
 
 def limit_with_vae(argv: list[str]) -> float:
     return limit(argv, vae=True)
+
+
+def limit_compiled(argv: list[str]) -> float:
+    return limit(argv, compiled=True)
 
 
 def loader_alone(argv: list[str]) -> float:
