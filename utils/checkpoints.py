@@ -1,5 +1,6 @@
 """Checkpoints of the LoRA's training, in folders `checkpoint-{step}` that appear whole or not at all."""
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from utils import lora
 from utils.errors import UserError
+from utils.jsonl import write_whole
 
 
 def save_checkpoint(args, output: Path, step: int, model: str, unet, optimizer, lr_scheduler, accelerator):
@@ -26,7 +28,9 @@ def save_checkpoint(args, output: Path, step: int, model: str, unet, optimizer, 
         "lr_scheduler": lr_scheduler.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
-    torch.save(state, temporary / "training_state.pt")
+    content = io.BytesIO()  # writing to a full disk itself, torch.save would not say so
+    torch.save(state, content)
+    write_whole(temporary / "training_state.pt", content.getvalue())
     shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
     os.replace(temporary, output / f"checkpoint-{step}")
     if args.checkpoints_total_limit:

@@ -129,5 +129,8 @@ def write_whole(path: str | Path, content: str | bytes | Iterable[bytes]):
         with open(temporary, "wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
