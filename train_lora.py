@@ -199,7 +199,7 @@ def main(args):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
-        unet.compile_repeated_blocks()
+        unet.compile_repeated_blocks(dynamic=False)  # SD 1.4 needs five shapes of the eight that torch keeps
     unet.train()
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
@@ -212,6 +212,8 @@ def main(args):
 
     # Go on from the latest checkpoint. The UNet itself is prepared, so that every process's gradients are averaged.
     step = load_checkpoint(args, output, model, unet, optimizer, lr_scheduler, accelerator)
+    if step != (begun := on_main(accelerator, lambda: step)):
+        raise UserError(f"{output}/checkpoint-{begun} is not there on this machine; all must share one --output_dir")
     unet, optimizer = accelerator.prepare(unet, optimizer)
     bare_unet = accelerator.unwrap_model(unet)
 
@@ -401,7 +403,8 @@ def make_lean(unet, dtype):
 
     PEFT multiplies what the LoRA adds by its scale, then adds it; here the matrix product does both. Under autocast the
     norms would return fp32, and so would what follows; their kernels sum in fp32 in any case, and Stable Diffusion is
-    drawn from in pure half precision.
+    drawn from in pure half precision. A step of 40 pictures at 512 px in bf16, latents cached, takes 32.8 GiB with both,
+    36.3 with the norms alone, 45.3 with neither (computed on tensors without data).
     """
     for module in unet.modules():
         if isinstance(module, LoraLinear):
@@ -435,4 +438,10 @@ def encode_prompts(pipe, prompts: list[str]) -> tuple[dict[str, int] | None, tor
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_args())
+        try:
+            main(parse_args())
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{str(error).splitlines()[0]} Less memory, the same steps: a smaller --train_batch_size with more "
+                "--gradient_accumulation_steps, or --gradient_checkpointing; the run goes on from its latest checkpoint"
+            ) from None

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +19,17 @@ import pytest
 import torch
 import upload_stand_in
 from conftest import SD
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 import train_lora
 from toy import world
 from utils import checkpoints, latents, lora, model_card, training_pictures
 from utils.errors import UserError, one_line_errors
+from utils.jsonl import read
 
 SMALL = f"--pretrained_model_name_or_path {SD} --resolution 32 --learning_rate 1e-3 --cpu --mixed_precision no --report_to none"
 
@@ -466,6 +470,58 @@ def test_unusable_pictures_are_named_left_out_and_logged(pictures, tmp_path, cap
         said = capsys.readouterr().err
         assert f"left out: {tmp_path / 'annotation.jsonl'}: line 4: missing.png: no such file" in said
         assert f"{at_first} pictures left out" in said
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_all_cannot_be_decoded_end_with_one_line(pictures, tmp_path, capsys, workers):
+    (tmp_path / "cut.png").write_bytes((pictures / "pictures" / "0.png").read_bytes()[:-60])
+    write_rows(
+        tmp_path / "r.jsonl", [{"file_name": "cut.png", "caption": "a"}, {"file_name": "cut.png", "caption": "b"}]
+    )
+    options = [*SMALL.split(), "--regularization_annotation", str(tmp_path / "r.jsonl"), "--train_batch_size", "2"]
+    options += ["--output_dir", str(tmp_path / "o"), "--dataloader_num_workers", str(workers)]
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        train_lora.main(train_lora.parse_args(options))
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "Traceback" not in "".join(said)
+    assert f"error: 100 pictures in a row cannot be decoded, see {tmp_path / 'o'}/errors.jsonl" in said
+    assert sorted(row["item"] for row in read(tmp_path / "o" / "errors.jsonl")) == [
+        f"{tmp_path / 'r.jsonl'}: line {i}: cut.png" for i in (1, 2)
+    ]
+
+
+def test_too_little_memory(pictures, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has 1 GiB")
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", full)
+    monkeypatch.setattr(sys, "argv", ["train_lora.py", *arguments(pictures, tmp_path / "o", "--train_batch_size", 4)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("train_lora.py", run_name="__main__")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 2 GiB. Less memory, the same steps: a smaller")
+
+
+def test_compiled_blocks(pictures, tmp_path, monkeypatch):
+    """No graph breaks, a graph for the first block (its input has no gradient) and one for the rest; validation adds none.
+
+    The graphs run uncompiled: compiling takes half a minute.
+    """
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    options = ["--train_batch_size", 3, "--max_train_steps", 3, "--validation_prompt_file", tmp_path / "prompts.txt"]
+    options += ["--validation_iters", 2, "--validation_inference_steps", 1, "--num_validation_images", 1]
+    plain = run(pictures, tmp_path / "plain", *options)
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = run(pictures, tmp_path / "compiled", *options, "--compile")
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert compiled.keys() == plain.keys()
+    for key in plain:
+        torch.testing.assert_close(compiled[key], plain[key], rtol=1e-4, atol=1e-6)
+    for name in ("step-000002.png", "step-000003.png"):
+        grids = [np.asarray(Image.open(tmp_path / out / "validation" / name)) for out in ("plain", "compiled")]
+        assert np.abs(grids[0].astype(int) - grids[1]).max() <= 2
 
 
 def test_mistakes(pictures, tmp_path):

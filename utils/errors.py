@@ -4,6 +4,8 @@ import errno
 import sys
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """Something that only the user can mend; the message says what and where."""
@@ -15,7 +17,7 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        message = str(error)
+        message = str(error).rpartition("UserError: ")[2].strip()  # before it a DataLoader puts its worker's traceback
     except OSError as error:
         # Everything else the operating system may say is a defect of ours, and keeps its traceback.
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -28,5 +30,7 @@ def one_line_errors():
             raise
     else:
         return
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # so that the message stands on a line of its own
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

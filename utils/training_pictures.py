@@ -163,13 +163,13 @@ def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def log_broken(row: dict, reason, output: str | Path):
-    """Say that another picture takes this one's place, and write it to errors.jsonl, once."""
+    """Say that another picture takes this one's place, and write it to errors.jsonl: once, however many workers find it."""
     error = {"item": f"{row['where']}: {row['name']}", "stage": "train", "reason": str(reason)}
-    print(f"{error['item']}: {reason}; another picture takes its place", file=sys.stderr)
     path = Path(output) / "errors.jsonl"
     with Appender(path) as file:
         if error not in read(path):
             file.write(error)
+            print(f"{error['item']}: {reason}; another picture takes its place", file=sys.stderr)
 
 
 def possible_prompts(rows: list[dict], args) -> list[str]:

@@ -69,7 +69,8 @@ def draw(pipe, way: str, prompts: list[str], negative: str, indices, args, accel
     for start in range(0, len(indices), args.train_batch_size):
         batch = indices[start : start + args.train_batch_size]
         generators = [torch.Generator().manual_seed(args.seed + i) for i in batch]
-        with accelerator.autocast():
+        # Never compiled: that would take minutes for few pictures, and the place of the training's graphs.
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             images = pipe(
                 [prompts[i] for i in batch], negative_prompt=[negative] * len(batch), generator=generators
             ).images
