@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -295,6 +296,9 @@ def test_latent_cache_trains_as_without(pictures, tmp_path, monkeypatch):
     encoded = []
     original = latents.encode_pixels
     monkeypatch.setattr(latents, "encode_pixels", lambda vae, pixels: encoded.append(1) or original(vae, pixels))
+    caches = []
+    fill = train_lora.fill_cache
+    monkeypatch.setattr(train_lora, "fill_cache", lambda *args: caches.append(fill(*args)) or caches[-1])
     cached = run(tmp_path / "data", tmp_path / "cached", *options)
     assert len(encoded) == 2  # 12 pictures, two crops, in groups of 16
     for a, b in zip(log(tmp_path / "online"), log(tmp_path / "cached"), strict=True):
@@ -303,6 +307,10 @@ def test_latent_cache_trains_as_without(pictures, tmp_path, monkeypatch):
         torch.testing.assert_close(cached[key], online[key], rtol=0, atol=2e-3)
     entry = next((tmp_path / "latents").glob("*-32"))
     assert (entry / "latents.f16").stat().st_size == 12 * 2 * (2 * 4 * 8 * 8) * 2
+    sent = pickle.dumps(caches[0])  # as to a worker that is no fork
+    assert len(sent) < 12 * 2 * (2 * 4 * 8 * 8) * 2
+    for name, value in caches[0].get(3, 1).items():
+        assert torch.equal(pickle.loads(sent).get(3, 1)[name], value)
 
     run(tmp_path / "data", tmp_path / "again", *options)
     assert len(encoded) == 2

@@ -117,6 +117,14 @@ class LatentCache:
         self.latents = np.memmap(self.folder / "latents.f16", np.float16, "r+", shape=(count, *self.shape))
         self.state = np.memmap(self.folder / "state.u8", np.uint8, "r+", shape=(count,))
 
+    def __getstate__(self):
+        """Leave the maps' content, gigabytes, out of what a worker of another start method than fork is sent."""
+        return {name: value for name, value in vars(self).items() if name not in ("latents", "state")}
+
+    def __setstate__(self, attributes):
+        vars(self).update(attributes)
+        self.open(self.entries)
+
     def fill(self, encode, rank: int, processes: int, workers: int, log: bool):
         """Encode what is missing, this process's share of it.
 

@@ -12,6 +12,7 @@ from PIL import Image
 from utils import hps
 from utils.errors import UserError
 from utils.jsonl import dumps, read, write_whole
+from utils.main_process import on_main
 
 
 def read_validation_prompts(path: str | None) -> list[str]:
@@ -30,9 +31,8 @@ def validate(pipe, prompts: list[str], step: int, output: Path, args, accelerato
     """
     due = step % args.validation_iters == 0 or step == args.max_train_steps
     grid = output / "validation" / f"step-{step:06d}.png"
-    if not prompts or not due or grid.exists():
+    if not prompts or not due or on_main(accelerator, grid.exists):
         return False
-    accelerator.wait_for_everyone()  # the grid appears only after all have looked for it
     repeated = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
     ways = {
         "plain": (repeated, ""),
