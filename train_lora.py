@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -212,8 +213,10 @@ def main(args):
 
     # Go on from the latest checkpoint. The UNet itself is prepared, so that every process's gradients are averaged.
     step = load_checkpoint(args, output, model, unet, optimizer, lr_scheduler, accelerator)
-    if step != (begun := on_main(accelerator, lambda: step)):
-        raise UserError(f"{output}/checkpoint-{begun} is not there on this machine; all must share one --output_dir")
+    if len(set(gather_object([step]))) > 1:
+        raise UserError(
+            f"{output}: not every machine sees the same checkpoints; --output_dir needs a disk that all share"
+        )
     unet, optimizer = accelerator.prepare(unet, optimizer)
     bare_unet = accelerator.unwrap_model(unet)
 
