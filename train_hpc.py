@@ -369,7 +369,14 @@ def temporary(path: Path) -> Path:
 
 def save_whole(state: dict, path: Path):
     """torch.save that appears whole or not at all."""
-    torch.save(state, temporary(path))
+    try:
+        with open(temporary(path), "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # such as a full disk, which torch passes over
+            temporary(path).unlink()
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+        raise
     os.replace(temporary(path), path)
 
 

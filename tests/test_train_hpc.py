@@ -387,3 +387,12 @@ def test_names_are_those_of_openai_clip(dataset, tmp_path):
     blocks = [f"visual.transformer.resblocks.{i}" for i in range(4)] + [f"transformer.resblocks.{i}" for i in range(2)]
     wanted = {*names.split(), *(f"{b}.{name}" for b in blocks for name in block.split())}
     assert run(dataset, tmp_path / "hpc.pth")["state_dict"].keys() == wanted
+
+
+def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "hpc.pth"
+    path.write_bytes(b"earlier")
+    train_hpc.temporary(path).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        train_hpc.save_whole({"weight": torch.ones(1_000_000)}, path)
+    assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
