@@ -49,6 +49,7 @@ def rank(number: int, processes: int, port: int, argv: list[str], folder: Path):
     if processes > 1:
         where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in where.items()}, MASTER_ADDR="127.0.0.1")
+    multiprocessing.set_start_method("fork", force=True)  # of workers: those of a server would outlive a killed rank
     sys.stdout = sys.stderr = open(folder / f"{number}.txt", "w", buffering=1)
     import torch
 
