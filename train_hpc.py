@@ -372,11 +372,12 @@ def save_whole(state: dict, path: Path):
     try:
         with open(temporary(path), "wb") as file:
             torch.save(state, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # such as a full disk, which torch passes over
-            temporary(path).unlink()
-            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
-        raise
+    except (OSError, RuntimeError) as error:
+        fault = error if isinstance(error, OSError) else error.__context__  # torch passes over what the disk said
+        if not isinstance(fault, OSError):
+            raise
+        temporary(path).unlink(missing_ok=True)
+        raise OSError(fault.errno, fault.strerror, str(path)) from None
     os.replace(temporary(path), path)
 
 
