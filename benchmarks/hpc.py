@@ -42,16 +42,12 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_inputs(folder, args)
-        rows = []
-        for what, function, options in (
-            ("plain: everything trains", plain, ()),
-            ("ours: train_hpc.py", ours, ()),
-            ("ours, --gradient_checkpointing", ours, ("--gradient_checkpointing",)),
-            ("limit: towers alone, forward and backward", limit, ()),
-        ):
-            speed, peak = tables.apart(function, str(folder), args, *options)
-            rows.append({"what": what, "speed": speed, "peak_gib": peak})
-            print(rows[-1], flush=True)
+        rows = tables.measure(
+            ("plain: everything trains", plain, str(folder), args),
+            ("ours: train_hpc.py", ours, str(folder), args),
+            ("ours, --gradient_checkpointing", ours, str(folder), args, "--gradient_checkpointing"),
+            ("limit: towers alone, forward and backward", limit, str(folder), args),
+        )
     tables.report("hpc", rows, model=MODEL, prompts=args.prompts, steps=args.steps)
 
 
@@ -72,15 +68,14 @@ def make_inputs(folder: Path, args):
 
 def ours(folder: str, args, *options) -> float:
     """Return images/s of train_hpc.py as it logs them, over the windows after the warm-up."""
-    output = Path(folder, f"hpc{len(options)}.pth")
-    arguments = ["--dataset_folder", folder, "--output", output, "--pretrained", f"{folder}/clip.pt", *options]
-    arguments += ["--batch_size", args.prompts, "--logging_steps", args.warmup, "--checkpointing_steps", 10**9]
-    if torch.cuda.is_available():
-        arguments += ["--mixed_precision", "bf16"]
-    train_hpc.main(train_hpc.parse_args([str(argument) for argument in arguments]))
-    events = EventAccumulator(str(next(Path(f"{output}.logs").rglob("events.*")).parent)).Reload()
-    speeds = [event.value for event in events.Scalars("images_per_second")][1:]
-    output.unlink()
+    with tempfile.TemporaryDirectory() as place:
+        arguments = ["--dataset_folder", folder, "--output", f"{place}/hpc.pth", "--pretrained", f"{folder}/clip.pt"]
+        arguments += ["--batch_size", args.prompts, "--logging_steps", args.warmup, "--checkpointing_steps", 10**9]
+        if torch.cuda.is_available():
+            arguments += ["--mixed_precision", "bf16"]
+        train_hpc.main(train_hpc.parse_args([str(argument) for argument in (*arguments, *options)]))
+        events = EventAccumulator(str(next(Path(f"{place}/hpc.pth.logs").rglob("events.*")).parent)).Reload()
+        speeds = [event.value for event in events.Scalars("images_per_second")][1:]
     return float(1 / np.mean(1 / np.array(speeds)))
 
 

@@ -61,16 +61,12 @@ def main(args):
         return
     with tempfile.TemporaryDirectory() as folder:
         write_parts(Path(folder), settings["pictures"], args.kind)
-        measured = {
-            what: tables.apart(function, folder, settings)
-            for what, function in (
-                ("plain: 4 workers, batch 16, a text an image", plain),
-                ("ours: process_diffusiondb.py", ours),
-                (f"decode and preprocess alone, {cores()} processes", decode),
-                ("encoder alone, resident tensors", encoder),
-            )
-        }
-    rows = [{"what": what, "speed": speed, "peak_gib": peak} for what, (speed, peak) in measured.items()]
+        rows = tables.measure(
+            ("plain: 4 workers, batch 16, a text an image", plain, folder, settings),
+            ("ours: process_diffusiondb.py", ours, folder, settings),
+            (f"decode and preprocess alone, {cores()} processes", decode, folder, settings),
+            ("encoder alone, resident tensors", encoder, folder, settings),
+        )
     binding = min(rows[2:], key=lambda row: row["speed"])
     binding["what"] = f"limit: {binding['what']}"
     tables.report(f"scoring_{args.kind.lower()}", rows, **settings)

@@ -58,6 +58,21 @@ def apart(function, *args) -> tuple:
     return result
 
 
+def measure(*rows: tuple, rounds: int = 2) -> list[dict]:
+    """Return report's rows of (what, function, *args), each function's speed the best of several fresh processes.
+
+    They run in turns, because a processor that others share is faster in one minute than in the next.
+    """
+    best = {}
+    for _ in range(rounds):
+        for what, function, *args in rows:
+            speed, peak = apart(function, *args)
+            print(f"{what}: {speed:.3g}", flush=True)
+            if what not in best or speed > best[what]["speed"]:
+                best[what] = {"what": what, "speed": speed, "peak_gib": peak}
+    return list(best.values())
+
+
 def _apart(end, function, args):
     try:
         value = function(*args)
