@@ -441,10 +441,4 @@ def encode_prompts(pipe, prompts: list[str]) -> tuple[dict[str, int] | None, tor
 
 if __name__ == "__main__":
     with one_line_errors():
-        try:
-            main(parse_args())
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{str(error).splitlines()[0]} Less memory, the same steps: a smaller --train_batch_size with more "
-                "--gradient_accumulation_steps, or --gradient_checkpointing; the run goes on from its latest checkpoint"
-            ) from None
+        main(parse_args())

@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors():
-    """Run a script's `main`: a UserError, an unusable path or a full disk becomes one line and exit code 2."""
+    """Run a script's `main`: a UserError, an unusable path, a full disk or GPU becomes one line and exit code 2."""
     try:
         yield
     except UserError as error:
@@ -28,6 +28,13 @@ def one_line_errors():
             message = f"{error.filename}: {error.strerror}"
         else:
             raise
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: not every script imports torch
+            raise
+        message = (
+            f"{str(error).splitlines()[0]} A smaller batch takes less; in training so do --gradient_checkpointing, and the "
+            "same steps in smaller pieces (--gradient_accumulation_steps, --micro_batch_size)"
+        )
     else:
         return
     for bar in list(getattr(tqdm, "_instances", ())):
