@@ -13,7 +13,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
 machines="$SLURM_JOB_NUM_NODES"
-main_address="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+main_address="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # head would hang up on scontrol, which pipefail takes for a failure
 main_port="$((20000 + SLURM_JOB_ID % 20000))"
 export machines main_address main_port
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}" # srun does not take it over from sbatch

@@ -586,7 +586,7 @@ def test_shell_scripts_on_gpus_machines_and_slurm(tmp_path):
     stand_ins = {
         "torchrun": 'echo "$@"',
         "nvidia-smi": 'for i in $(seq "$gpus_here"); do echo "GPU $i: H100 (UUID)"; done',
-        "scontrol": "echo node7; echo node8",
+        "scontrol": "echo node7; sleep 0.1; echo node8",
         "srun": 'for rank in 0 1; do SLURM_PROCID=$rank "$@"; done',
     }
     for name, command in stand_ins.items():
